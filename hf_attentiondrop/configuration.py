@@ -1,0 +1,219 @@
+"""The configuration of AttentionDrop, and its place in every Transformers config."""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .functional import FILLS
+
+
+CONFIG_KEY = "attention_drop"
+VARIANTS = ("hard", "blur")
+ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
+
+
+@dataclass(frozen=True)
+class AttentionDropConfig:
+    """What AttentionDrop (arXiv 2504.12088) does to the attention of a model in training mode.
+
+    Args:
+        variant (`str`, defaults to `"hard"`):
+            `"hard"` drops some of each query's strongest keys. `"blur"` smooths the scores along the keys.
+        p (`float`, defaults to 0.1):
+            Hard: probability in [0, 1] with which each of the `k` highest scores of a query is hit. The paper reports
+            a loss of more than two points above 0.5.
+        k (`int`, defaults to 5):
+            Hard: how many of the highest visible scores of a query can be hit, at least 1.
+        fill (`str`, defaults to `"mask"`):
+            Hard: what a hit score becomes. `"mask"` is -inf: the key is dropped. `"zero"` is 0, the paper's formula,
+            which raises the weight of a key whose score was negative and depends on a constant shift of the scores.
+        sigma_max (`float`, defaults to 1.0):
+            Blur: each sample draws its standard deviation, in tokens, uniformly from [0, `sigma_max`] in every layer.
+        width (`int`, defaults to 5):
+            Blur: width of the window in tokens, odd, at least 1. The paper reports a loss of more than two points
+            above 9. Images are blurred along their raster order, class token first.
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on, of `"encoder_self"`, `"decoder_self"` and `"cross"`.
+
+    Raises:
+        ValueError: if a value is of the wrong type or outside of its range.
+
+    Example:
+
+    >>> AttentionDropConfig(variant="blur", sigma_max=0.5)
+    AttentionDropConfig(variant='blur', p=0.1, k=5, fill='mask', sigma_max=0.5, width=5, layers=None,
+    attentions=('encoder_self', 'decoder_self'))
+    """  # noqa: E501
+
+    variant: str = "hard"
+    p: float = 0.1
+    k: int = 5
+    fill: str = "mask"
+    sigma_max: float = 1.0
+    width: int = 5
+    layers: tuple[int, ...] | None = None
+    attentions: tuple[str, ...] = ("encoder_self", "decoder_self")
+
+    def __post_init__(self) -> None:
+        # Lists are what JSON, YAML and command lines give; tuples keep the configuration immutable and comparable.
+        for name in ("layers", "attentions"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _require("variant", self.variant, self.variant in VARIANTS, f"one of {VARIANTS}", "It names the perturbation.")
+        _require(
+            "p",
+            self.p,
+            _is_number(self.p) and 0 <= self.p <= 1,
+            "a probability in [0, 1]",
+            "It is the chance that a score is hit; 0.1 is the paper's, above 0.5 it costs accuracy.",
+        )
+        _require(
+            "k",
+            self.k,
+            _is_integer(self.k) and self.k >= 1,
+            "an integer >= 1",
+            "It is the number of highest scores that can be hit in a row; 5 is the paper's.",
+        )
+        _require("fill", self.fill, self.fill in FILLS, f"one of {FILLS}", "It decides what a hit score becomes.")
+        _require(
+            "sigma_max",
+            self.sigma_max,
+            _is_number(self.sigma_max) and 0 <= self.sigma_max < math.inf,
+            "a finite number >= 0",
+            "It is the largest standard deviation of the blur in tokens; 1.0 is the paper's.",
+        )
+        _require(
+            "width",
+            self.width,
+            _is_integer(self.width) and self.width >= 1 and self.width % 2 == 1,
+            "an odd integer >= 1",
+            "The blur window needs a centre; 5 is the paper's, above 9 it costs accuracy.",
+        )
+        _require(
+            "layers",
+            self.layers,
+            self.layers is None or _is_filled_tuple(self.layers, _is_integer),
+            "None or a non-empty list of integers",
+            "It numbers the layers to act on within each stack, negative from the end; None is all of them.",
+        )
+        _require(
+            "attentions",
+            self.attentions,
+            _is_filled_tuple(self.attentions, ATTENTION_KINDS.__contains__),
+            f"a non-empty list from {ATTENTION_KINDS}",
+            "It selects the kinds of attention to act on.",
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether these values perturb anything at all."""
+        return self.p > 0 if self.variant == "hard" else self.sigma_max > 0 and self.width > 1
+
+    @property
+    def summary(self) -> str:
+        """The perturbation in a few words.
+
+        >>> AttentionDropConfig(variant="blur").summary
+        'blur sigma_max=1.0 width=5'
+        """
+        names = ("p", "k", "fill") if self.variant == "hard" else ("sigma_max", "width")
+        return " ".join([self.variant, *(f"{name}={getattr(self, name)}" for name in names)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types, as config.json holds it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: "Mapping[str, Any] | AttentionDropConfig") -> "AttentionDropConfig":
+        """Builds the configuration from a mapping, refusing unknown keys.
+
+        Raises:
+            ValueError: for a key that is no field, naming the nearest field.
+            TypeError: if `values` is no mapping.
+
+        Example:
+
+        >>> AttentionDropConfig.from_dict({"p": 0.2}).p
+        0.2
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"`{CONFIG_KEY}` must be an AttentionDropConfig or a dict of its fields, got {values!r}: "
+                "for example attention_drop=AttentionDropConfig(p=0.1)."
+            )
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"Unknown key {key!r} in `{CONFIG_KEY}`: it would have no effect. Did you mean {nearest!r}? "
+                    f"The keys are {', '.join(names)}."
+                )
+        return cls(**values)
+
+
+class _ConfigEntry:
+    """Makes `attention_drop` a first-class entry of every Transformers config.
+
+    The value lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and
+    stock Transformers carries it along unread. Being a data descriptor it also makes `from_pretrained(...,
+    attention_drop=...)` reach the config. Reading it gives an [`AttentionDropConfig`], or `None` where nothing was
+    set.
+    """
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> AttentionDropConfig | None:
+        value = None if config is None else config.__dict__.get(CONFIG_KEY)
+        return None if value is None else AttentionDropConfig.from_dict(value)
+
+    def __set__(self, config: PreTrainedConfig, value: AttentionDropConfig | Mapping[str, Any] | None) -> None:
+        if value is None:
+            config.__dict__.pop(CONFIG_KEY, None)
+        else:
+            config.__dict__[CONFIG_KEY] = AttentionDropConfig.from_dict(value).to_dict()
+        # Attention modules read the sub-config of their own model. While a config is being restored from its file the
+        # sub-configs bring their own values, which a saved difference between them must survive.
+        is_restoring = "_post_init_done" not in config.__dict__
+        for name in config.sub_configs:
+            sub_config = getattr(config, name, None)
+            if isinstance(sub_config, PreTrainedConfig) and not (is_restoring and sub_config.attention_drop):
+                sub_config.attention_drop = value
+
+
+def register_config_entry() -> None:
+    """Adds the entry `attention_drop` to [`~transformers.PreTrainedConfig`].
+
+    Raises:
+        RuntimeError: if something else already put an attribute of that name there.
+    """
+    existing = PreTrainedConfig.__dict__.get(CONFIG_KEY)
+    if existing is not None and not isinstance(existing, _ConfigEntry):
+        raise RuntimeError(
+            f"`PreTrainedConfig.{CONFIG_KEY}` already exists ({existing!r}), put there by another package: two "
+            "owners of one key in config.json would overwrite each other. Import only one of them in this process."
+        )
+    setattr(PreTrainedConfig, CONFIG_KEY, _ConfigEntry())
+
+
+def _require(name: str, value: Any, is_valid: bool, expected: str, why: str) -> None:
+    if not is_valid:
+        raise ValueError(f"AttentionDropConfig: `{name}` must be {expected}, got {value!r}. {why}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_filled_tuple(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(is_valid(item) for item in value)

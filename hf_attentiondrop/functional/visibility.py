@@ -1,0 +1,99 @@
+"""Who sees whom: visibility read off the masks that Transformers hands to an attention function."""
+
+import torch
+from torch.nn import functional as F
+
+
+def visible_keys(
+    attention_mask: torch.Tensor | None, *, is_causal: bool, query_length: int, key_length: int, device: torch.device
+) -> torch.Tensor | None:
+    """The visibility that a mask argument stands for.
+
+    Args:
+        attention_mask: boolean (true = may attend) or additive float, `(B|1, H|1, Q|1, K)`. An additive mask hides
+            what lies at or below half of its dtype's minimum; a smaller bias leaves the key visible. `None` leaves
+            causality alone to decide.
+        is_causal: without a mask and with more than one query, query `i` sees keys `0..i`, the convention of SDPA.
+        query_length: `Q`.
+        key_length: `K`.
+        device: where a causal mask is made.
+
+    Returns:
+        Boolean `(B|1, H|1, Q|1, K)`, or `None` where every query sees every key.
+
+    Example:
+
+    >>> visible_keys(None, is_causal=True, query_length=2, key_length=3, device=torch.device("cpu"))[0, 0]
+    tensor([[ True, False, False],
+            [ True,  True, False]])
+    """
+    if attention_mask is None:
+        if not is_causal or query_length == 1:
+            return None
+        return torch.ones(1, 1, query_length, key_length, dtype=torch.bool, device=device).tril()
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
+
+
+def visible_neighbours(
+    attention_mask: torch.Tensor | None,
+    *,
+    width: int,
+    is_causal: bool,
+    is_cross: bool,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """For every key, which keys around it may be blended into it.
+
+    In self-attention a key blends with the neighbours that its own token may attend to, so padding never enters,
+    nothing leaks from later tokens and packed documents do not mix. The last `Q` of `K` keys own the query rows; keys
+    without a row (a cache) take key padding and the causal order. In cross-attention a neighbour counts if any query
+    sees it.
+
+    Args:
+        attention_mask: as in [`visible_keys`].
+        width: `W`, odd.
+        is_causal: whether later keys are out of reach where no mask row says so.
+        is_cross: whether the keys come from another sequence than the queries.
+        query_length: `Q`.
+        key_length: `K`.
+        device: where index tensors are made.
+
+    Returns:
+        Boolean `(B|1, H|1, K, W)`: entry `[..., j, t]` speaks of key `j + t - W // 2`.
+
+    Example:
+
+    >>> visible_neighbours(
+    ...     None, width=3, is_causal=True, is_cross=False, query_length=3, key_length=3, device=torch.device("cpu")
+    ... )[0, 0]
+    tensor([[False,  True, False],
+            [ True,  True, False],
+            [ True,  True, False]])
+    """
+    half = width // 2
+    offset = torch.arange(-half, half + 1, device=device)
+    neighbour = torch.arange(key_length, device=device)[:, None] + offset  # (K, W)
+    in_order = (offset <= 0) if is_causal and not is_cross else torch.ones_like(offset, dtype=torch.bool)
+    if attention_mask is None:
+        return ((neighbour >= 0) & (neighbour < key_length) & in_order)[None, None]
+
+    visible = visible_keys(
+        attention_mask, is_causal=is_causal, query_length=query_length, key_length=key_length, device=device
+    ).expand(-1, -1, query_length, -1)
+    # Keys that some query sees: all that is known of a key without a query row of its own.
+    seen = F.pad(visible.any(dim=-2), (half, half)).unfold(-1, width, 1)  # (B|1, H|1, K, W)
+    cached = key_length - query_length
+    if is_cross:
+        return seen
+    if cached < 0:
+        return seen & in_order
+
+    # Outside of the sequence the index is clamped, and what it reads there is thrown away.
+    own = neighbour[cached:]  # (Q, W)
+    index = own.clamp(0, key_length - 1).expand(*visible.shape[:2], -1, -1)
+    own_rows = visible.gather(-1, index) & (own >= 0) & (own < key_length)
+    return own_rows if cached == 0 else torch.cat([seen[..., :cached, :] & in_order, own_rows], dim=-2)

@@ -1,0 +1,91 @@
+"""A table of what AttentionDrop does to every attention module of a model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .attention import NAME
+from .registration import transformers_model
+from .sites import attention_modules
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One attention module.
+
+    Args:
+        name: its name in the model.
+        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
+        layer: its layer within its stack.
+        implementation: the attention implementation it runs.
+        applied: what happens to it in training, in words; empty for nothing.
+        calls: how many forward passes were perturbed so far.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    implementation: str
+    applied: str
+    calls: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The attention modules of a model; printed, a table."""
+
+    model: str
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def active(self) -> tuple[ReportRow, ...]:
+        """The rows of the modules that are perturbed in training."""
+        return tuple(row for row in self.rows if row.applied)
+
+    def __str__(self) -> str:
+        header = ("module", "kind", "layer", "implementation", "in training", "calls")
+        table = [header] + [
+            (row.name, row.kind, str(row.layer), row.implementation, row.applied or "-", str(row.calls))
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        summary = f"{self.model}: {len(self.active)} of {len(self.rows)} attention modules are perturbed in training"
+        return "\n".join([summary, *(line.rstrip() for line in lines)])
+
+
+def report(model: Any) -> Report:
+    """Says of every attention module what AttentionDrop does to it in training, and how often it did.
+
+    Args:
+        model: a Transformers model, or a wrapper around one.
+
+    Returns:
+        A [`Report`]: print it, or read its `rows`. `calls` counts forward passes; those that activation checkpointing
+        repeats in the backward pass count once.
+
+    Raises:
+        TypeError: if there is no Transformers model in `model`.
+
+    Example:
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64)
+    >>> print(report(BertModel._from_config(config, attn_implementation="attentiondrop")))
+    BertModel: 1 of 1 attention modules are perturbed in training
+    module                          kind          layer  implementation  in training               calls
+    ------------------------------  ------------  -----  --------------  ------------------------  -----
+    encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
+    """
+    base = transformers_model(model)
+    rows = []
+    for name, module in attention_modules(base):
+        site = getattr(module, "attention_drop_site", None)
+        implementation = module.config._attn_implementation
+        if site is None:
+            rows.append(ReportRow(name, "-", -1, implementation, "", 0))
+            continue
+        drop = site.perturbation if implementation == NAME else None
+        applied = drop.summary if drop is not None else ""
+        rows.append(ReportRow(name, site.kind, site.layer, implementation, applied, int(site.calls)))
+    return Report(type(base).__name__, tuple(rows))

@@ -1,0 +1,183 @@
+"""Which modules of a model attend through Transformers' attention interface, and where each of them stands."""
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configuration import CONFIG_KEY, AttentionDropConfig
+
+
+CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
+
+
+def _zero() -> torch.Tensor:
+    # Models are often built under a meta device; a count needs storage.
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+@dataclass(eq=False)
+class AttentionSite:
+    """One attention module's place in its model, kept on the module as `attention_drop_site`.
+
+    Args:
+        config: the config whose `attention_drop` entry governs the module: its own model's, or the nearest around it
+            that belongs to the whole model's config (T5 gives its stacks copies, which no later change would reach).
+        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
+        stack: name of the stack of layers the module belongs to, such as `"model.decoder.layers"`.
+        layer: position in that stack.
+        num_layers: length of that stack.
+        calls: how many forward passes were perturbed. A tensor, because a number would be a constant to
+            `torch.compile`.
+    """
+
+    config: PreTrainedConfig
+    kind: str
+    stack: str
+    layer: int
+    num_layers: int
+    calls: torch.Tensor = field(default_factory=_zero)
+    _entry: dict | None = None
+    _drop: AttentionDropConfig | None = None
+
+    @property
+    def drop(self) -> AttentionDropConfig:
+        """The configuration that governs the module, the defaults if none was set."""
+        entry = self.config.__dict__.get(CONFIG_KEY)
+        if self._drop is None or self._entry is not entry:
+            # Parsing is for once, not for every forward pass: an entry is replaced, never changed.
+            self._entry, self._drop = entry, AttentionDropConfig.from_dict(entry or {})
+        return self._drop
+
+    @property
+    def perturbation(self) -> AttentionDropConfig | None:
+        """What happens to the module in training, or `None` for nothing."""
+        return self.drop if self.drop.is_active and self.is_selected_by(self.drop) else None
+
+    def is_selected_by(self, drop: AttentionDropConfig) -> bool:
+        """Whether a configuration names this module's kind and layer."""
+        if self.kind not in drop.attentions:
+            return False
+        return drop.layers is None or self.layer in drop.layers or self.layer - self.num_layers in drop.layers
+
+
+@functools.cache
+def uses_attention_interface(module_class: type[nn.Module]) -> bool:
+    """Whether a module's forward looks its attention function up in the interface, judged by its source.
+
+    Transformers has no flag for this: a model that ignores the interface accepts any registered name, and silently
+    runs something else.
+    """
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules of a model that attend through the interface."""
+    return ((name, module) for name, module in model.named_modules() if uses_attention_interface(type(module)))
+
+
+def place_sites(model: PreTrainedModel) -> None:
+    """Gives every attention module of a whole model its site, keeping what was counted before."""
+    modules = dict(attention_modules(model))
+    positions = _positions(model, list(modules))
+    for name, module in modules.items():
+        previous = getattr(module, "attention_drop_site", None)
+        calls = previous.calls if previous is not None else _zero()
+        governing = _governing_config(model, name, module)
+        module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], calls)
+
+
+def check_selection(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Refuses a configuration that names layers or attentions which the model does not have.
+
+    Args:
+        model: the whole model, with its sites placed.
+        modules: those of its attention modules that run AttentionDrop.
+
+    Raises:
+        ValueError: if a layer exists in no stack, or if nothing at all is selected.
+    """
+    sites_by_drop = defaultdict(list)
+    for module in modules:
+        sites_by_drop[module.attention_drop_site.drop].append(module.attention_drop_site)
+    for drop, sites in sites_by_drop.items():
+        lengths = {site.stack: site.num_layers for site in sites}
+        for layer in drop.layers or ():
+            if not any(-length <= layer < length for length in lengths.values()):
+                raise ValueError(
+                    f"`{CONFIG_KEY}` names layer {layer}, and {type(model).__name__} has no such layer: it would "
+                    "have no effect. Layers count from 0 within each stack, or from the end if negative; the "
+                    f"stacks are {lengths}."
+                )
+        if not any(site.is_selected_by(drop) for site in sites):
+            kinds = sorted({site.kind for site in sites})
+            raise ValueError(
+                f"`{CONFIG_KEY}` selects attentions={list(drop.attentions)} in layers={drop.layers}, and no "
+                f"attention of {type(model).__name__} matches: nothing would be perturbed. Its attentions are "
+                f"{kinds}, its stacks {lengths}."
+            )
+
+
+def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and its sub-configs, at any depth."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
+            yield from configs_of(sub_config)
+
+
+def _governing_config(model: PreTrainedModel, name: str, module: nn.Module) -> PreTrainedConfig:
+    registered = {id(config) for config in configs_of(model.config)}
+    while id(module.config) not in registered:
+        name = name.rpartition(".")[0]
+        while not isinstance(model.get_submodule(name), PreTrainedModel):
+            name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+    return module.config
+
+
+def _positions(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str, int, int]]:
+    """Stack, layer number and stack length for the name of every attention module.
+
+    A stack is the path up to the first number. In a stack of stages, which themselves hold numbered blocks, the blocks
+    that attend are counted through.
+    """
+    blocks: dict[str, list[str]] = defaultdict(list)
+    paths = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+        if not numbers:
+            paths[name] = (name, name)
+        else:
+            paths[name] = (".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1]))
+        stack, block = paths[name]
+        if block not in blocks[stack]:
+            blocks[stack].append(block)
+
+    positions = {}
+    for name, (stack, block) in paths.items():
+        number = block.removeprefix(f"{stack}.")
+        if number.isdigit():
+            positions[name] = (stack, int(number), len(model.get_submodule(stack)))
+        else:
+            positions[name] = (stack, blocks[stack].index(block), len(blocks[stack]))
+    return positions
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """The kind of an attention, by what the model file calls it: at call time cross and self-attention look alike."""
+    path = name.lower().split(".")
+    labels = (type(module).__name__.lower(), *path[-2:])
+    if getattr(module, "is_cross_attention", False) or any(mark in label for label in labels for mark in CROSS_NAMES):
+        return "cross"
+    is_decoder = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False) or "decoder" in path
+    return "decoder_self" if is_decoder else "encoder_self"

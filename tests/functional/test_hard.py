@@ -1,0 +1,92 @@
+"""Hard Attention Masking as a random function: which scores are hit, how often, and what never is."""
+
+import math
+
+import pytest
+import torch
+
+from hf_attentiondrop.functional import draw_hits, mask_top_scores
+
+from ..cases import CASES, AttentionCase
+
+
+def within_four_standard_errors(hits: torch.Tensor, p: float) -> bool:
+    return abs(hits.double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / hits.numel())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("fill", ["mask", "zero"])
+def test_hit_rate_is_p_where_more_than_k_keys_are_visible(p: float, fill: str) -> None:
+    scores = torch.randn(8, 4, 200, 12)
+    hits = draw_hits(scores, None, p=p, k=5, fill=fill)
+    top = scores.topk(5).indices
+    assert within_four_standard_errors(hits.gather(-1, top), p)
+    assert hits.sum() == hits.gather(-1, top).sum(), "a score outside of the k highest was hit"
+
+
+@pytest.mark.parametrize("fill", ["mask", "zero"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_only_visible_keys_are_hit_and_one_survives(case: AttentionCase, fill: str) -> None:
+    scores, visible = torch.randn(case.visible.shape), case.visible
+    for _ in range(20):
+        hits = draw_hits(scores, visible, p=0.8, k=3, fill=fill)
+        assert not (hits & ~visible).any()
+        if fill == "mask":
+            assert ((visible & ~hits).any(dim=-1) == visible.any(dim=-1)).all()
+
+
+def test_a_row_keeps_everything_when_it_would_lose_everything() -> None:
+    visible = torch.tensor([[True, True, False, False], [True, True, True, False]])[None, None]
+    hits = draw_hits(torch.randn(1, 1, 2, 4), visible, p=1.0, k=3)
+    assert not hits.any()
+    hits = draw_hits(torch.randn(1, 1, 2, 4), visible, p=1.0, k=2)
+    assert hits.sum(dim=-1).tolist() == [[[0, 2]]]
+
+
+def test_the_zero_fill_hits_whole_rows_too() -> None:
+    visible = torch.tensor([True, True, False, False]).view(1, 1, 1, 4)
+    assert draw_hits(torch.randn(1, 1, 1, 4), visible, p=1.0, k=3, fill="zero").sum() == 2
+
+
+def test_samples_heads_queries_and_calls_are_independent() -> None:
+    scores = torch.randn(1, 1, 1, 8).expand(64, 32, 16, 8)
+    first, second = (draw_hits(scores, None, p=0.5, k=1).any(dim=-1).double() for _ in range(2))
+    pairs = {
+        "samples": (first[:-1], first[1:]),
+        "heads": (first[:, :-1], first[:, 1:]),
+        "queries": (first[..., :-1], first[..., 1:]),
+        "calls": (first, second),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+        assert abs(correlation) < 4 / math.sqrt(a.numel()), name
+
+
+def test_the_same_seed_gives_the_same_hits() -> None:
+    scores = torch.randn(2, 2, 5, 7)
+    torch.manual_seed(4)
+    first = draw_hits(scores, None, p=0.5, k=3)
+    torch.manual_seed(4)
+    assert torch.equal(first, draw_hits(scores, None, p=0.5, k=3))
+
+
+@pytest.mark.parametrize("fill", ["mask", "zero"])
+def test_no_gradient_flows_into_a_hit_or_hidden_score(fill: str) -> None:
+    scores = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    visible = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].expand(2, 2, 6, 6)
+    perturbed = mask_top_scores(scores, visible, p=0.5, k=2, fill=fill)
+    touched = (perturbed != scores).detach()
+    (perturbed.softmax(dim=-1) * torch.randn(2, 2, 6, 6)).sum().backward()
+    assert touched.sum() > (~visible).sum() and (scores.grad[touched] == 0).all()
+    assert (perturbed[~visible] == -torch.inf).all()
+
+
+def test_the_zero_fill_raises_the_weight_of_a_negative_score() -> None:
+    scores = torch.tensor([[[[-1.0, -2.0, -3.0]]]])
+    weight = mask_top_scores(scores, p=1.0, k=1, fill="zero").softmax(dim=-1)[..., 0]
+    assert weight > scores.softmax(dim=-1)[..., 0]
+
+
+def test_an_unknown_fill_is_refused() -> None:
+    with pytest.raises(ValueError, match="`fill` must be one of"):
+        mask_top_scores(torch.randn(1, 1, 2, 2), fill="mean")

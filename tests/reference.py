@@ -1,0 +1,67 @@
+"""The definitions, written down as plainly as they read, on materialised scores. Slow on purpose; float64 in the tests."""
+
+import torch
+from torch.nn import functional as F
+
+
+def final_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    return scores if bias is None else scores + bias
+
+
+def attend(
+    scores: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the visible keys, zeros for queries that see none; `visible` is `(B, H, Q, K)`."""
+    blind = ~visible.any(dim=-1, keepdim=True)
+    powers = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0.0)
+    powers = (powers - powers.amax(dim=-1, keepdim=True).detach()).exp()
+    total = powers.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        highest = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0.0).amax(dim=-1, keepdim=True).detach()
+        total = total + (sinks.view(1, -1, 1, 1) - highest).exp()
+    weights = F.dropout(powers / total, p=dropout)
+    weights = weights.masked_fill(blind, 0.0)
+    value = value.repeat_interleave(scores.shape[1] // value.shape[1], dim=1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value), weights
+
+
+def hit_scores(
+    scores: torch.Tensor, visible: torch.Tensor, hits: torch.Tensor, fill: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hard: scores and visibility after the hits."""
+    if fill == "mask":
+        return scores, visible & ~hits
+    return torch.where(hits, torch.zeros_like(scores), scores), visible
+
+
+def blurred_scores(scores: torch.Tensor, own_view: torch.Tensor, sigma: torch.Tensor, width: int) -> torch.Tensor:
+    """Blur: every content score blended with those of the neighbours that its key may attend to.
+
+    `own_view` is `(B, H, K, K)`: which keys the token of each key may attend to.
+    """
+    half, length = width // 2, scores.shape[-1]
+    blurred = scores.clone()
+    for sample in range(scores.shape[0]):
+        window = {t: torch.exp(-0.5 * (t / sigma[sample].clamp_min(1e-6)) ** 2) for t in range(-half, half + 1)}
+        for head in range(scores.shape[1]):
+            for j in range(length):
+                seen = [t for t in window if 0 <= j + t < length and own_view[sample, head, j, j + t]]
+                if seen:
+                    total = sum(window[t] for t in seen)
+                    blurred[sample, head, :, j] = sum(window[t] / total * scores[sample, head, :, j + t] for t in seen)
+    return blurred

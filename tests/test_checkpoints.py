@@ -1,0 +1,66 @@
+"""A checkpoint trained with AttentionDrop is an ordinary one, in processes that never heard of the plugin too."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import hf_attentiondrop
+from hf_attentiondrop import AttentionDropConfig
+
+from .models import build, inputs
+
+
+WITHOUT_THE_PLUGIN = """
+import sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+folder, class_name = sys.argv[1:]
+model, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert model.config._attn_implementation == "sdpa", model.config._attn_implementation
+with torch.no_grad():
+    logits = model.eval()(**load_file(folder + "/inputs.safetensors")).logits
+save_file({"logits": logits.contiguous()}, folder + "/logits.safetensors")
+assert not any("attentiondrop" in name for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
+def test_inference_without_the_plugin_is_bit_identical(family: str, tmp_path: Path) -> None:
+    model, batch = build(family, attention_drop=AttentionDropConfig(variant="blur", layers=[0])), inputs(family)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    save_file(batch, tmp_path / "inputs.safetensors")
+    command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(tmp_path), type(model).__name__]
+    subprocess.run(command, check=True, timeout=120)
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_configuration_comes_back_and_waits_to_be_asked_for(tmp_path: Path) -> None:
+    drop = AttentionDropConfig(p=0.25, layers=[1])
+    build("bert", attention_drop=drop).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).attention_drop == drop
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert stock.config._attn_implementation == "sdpa" and not hf_attentiondrop.report(stock).active
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="attentiondrop")
+    assert [row.applied for row in hf_attentiondrop.report(again).rows] == ["", "hard p=0.25 k=5 fill=mask"]
+
+
+def test_saving_does_not_write_counts_or_sites(tmp_path: Path) -> None:
+    model = build("bert")
+    model.train()(**inputs("bert"))
+    model.save_pretrained(tmp_path)
+    stock = build("bert", attn_implementation="sdpa")
+    assert load_file(tmp_path / "model.safetensors").keys() == stock.state_dict().keys()
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()

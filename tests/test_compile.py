@@ -1,0 +1,58 @@
+"""torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hf_attentiondrop import AttentionDropConfig, report
+
+from .models import build, inputs
+
+
+DROPS = {
+    "hard_mask": AttentionDropConfig(p=0.5, k=3),
+    "hard_zero": AttentionDropConfig(p=0.5, k=3, fill="zero"),
+    "blur": AttentionDropConfig(variant="blur", sigma_max=1.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("variant", DROPS)
+@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
+def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) -> None:
+    model, batch = build(family, dropout=False, attention_drop=DROPS[variant]).train(), inputs(family)
+    torch.manual_seed(0)
+    wanted = model(**batch).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for calls in range(2, 5):
+        torch.manual_seed(0)
+        loss = compiled(**batch).loss
+        loss.backward()
+        torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-5)
+        assert {row.calls for row in report(model).active} == {calls}
+    assert counters["stats"]["unique_graphs"] == 1, "a count or a draw made the model compile again"
+
+
+@pytest.mark.slow
+def test_inductor_trains() -> None:
+    model, batch = build("bert", dropout=False, attention_drop=DROPS["blur"]).train(), inputs("bert", padding="right")
+    compiled = torch.compile(model, fullgraph=True)
+    first, second = compiled(**batch).loss, compiled(**batch).loss
+    second.backward()
+    assert first.isfinite() and first != second
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert {row.calls for row in report(model).rows} == {2}
+
+
+def test_compile_and_gradient_checkpointing_together() -> None:
+    model, batch = build("llama", dropout=False, attention_drop=DROPS["hard_mask"]).train(), inputs("llama")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch).loss.backward()
+    compiled(**batch).loss.backward()
+    assert {row.calls for row in report(model).rows} == {2}

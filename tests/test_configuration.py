@@ -1,0 +1,94 @@
+"""The configuration: what is refused and how, and its way through config.json and sub-configs."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, BertConfig, CLIPConfig, LlavaConfig, PreTrainedConfig
+
+from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.configuration import register_config_entry
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"variant": "soft"}, r"`variant` must be one of .*'hard', 'blur'.* got 'soft'"),
+        ({"p": 2}, r"`p` must be a probability in \[0, 1\], got 2"),
+        ({"p": -0.1}, "got -0.1"),
+        ({"p": float("nan")}, "got nan"),
+        ({"p": True}, "got True"),
+        ({"p": "0.1"}, "got '0.1'"),
+        ({"k": 0}, "`k` must be an integer >= 1, got 0"),
+        ({"k": 2.5}, "got 2.5"),
+        ({"fill": "mean"}, "`fill` must be one of"),
+        ({"sigma_max": -1.0}, "`sigma_max` must be a finite number >= 0, got -1.0"),
+        ({"sigma_max": float("inf")}, "got inf"),
+        ({"width": 4}, "`width` must be an odd integer >= 1, got 4"),
+        ({"width": -1}, "got -1"),
+        ({"layers": []}, "`layers` must be None or a non-empty list of integers"),
+        ({"layers": ["first"]}, "`layers` must be None"),
+        ({"layers": 3}, "`layers` must be None"),
+        ({"attentions": []}, "`attentions` must be a non-empty list"),
+        ({"attentions": ["self"]}, "`attentions` must be .*'encoder_self', 'decoder_self', 'cross'"),
+        ({"attentions": "cross"}, "`attentions` must be"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_was_expected(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionDropConfig(**values)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="Unknown key 'sigma'.*Did you mean 'sigma_max'"):
+        AttentionDropConfig.from_dict({"sigma": 1.0})
+
+
+def test_something_else_than_a_mapping_is_refused() -> None:
+    with pytest.raises(TypeError, match="must be an AttentionDropConfig or a dict"):
+        BertConfig(attention_drop=0.1)
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    drop = AttentionDropConfig(variant="blur", layers=[0, -1], attentions=["cross"])
+    BertConfig(attention_drop=drop).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["attention_drop"] == drop.to_dict()
+    for restored in (BertConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert restored.attention_drop == drop
+    assert copy.deepcopy(restored).attention_drop == drop
+
+
+def test_from_pretrained_takes_a_config_or_a_dict(tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).attention_drop is None
+    for value in (AttentionDropConfig(p=0.3), {"p": 0.3}):
+        assert AutoConfig.from_pretrained(tmp_path, attention_drop=value).attention_drop.p == 0.3
+    with pytest.raises(ValueError, match="got 3"):
+        AutoConfig.from_pretrained(tmp_path, attention_drop={"p": 3})
+
+
+def test_a_config_without_the_entry_saves_none(tmp_path: Path) -> None:
+    config = BertConfig(attention_drop={"p": 0.2})
+    config.attention_drop = None
+    config.save_pretrained(tmp_path)
+    assert "attention_drop" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("config_class", [CLIPConfig, LlavaConfig])
+def test_sub_configs_follow_and_keep_their_differences(config_class: type[PreTrainedConfig], tmp_path: Path) -> None:
+    config = config_class(attention_drop={"p": 0.2})
+    assert config.text_config.attention_drop.p == config.vision_config.attention_drop.p == 0.2
+    config.vision_config.attention_drop = AttentionDropConfig(p=0.4)
+    config.save_pretrained(tmp_path)
+    restored = config_class.from_pretrained(tmp_path)
+    assert [c.attention_drop.p for c in (restored, restored.text_config, restored.vision_config)] == [0.2, 0.2, 0.4]
+    restored = config_class.from_pretrained(tmp_path, attention_drop={"p": 0.1})
+    assert [c.attention_drop.p for c in (restored, restored.text_config, restored.vision_config)] == [0.1, 0.1, 0.1]
+
+
+def test_another_owner_of_the_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedConfig, "attention_drop", property(lambda self: None))
+    with pytest.raises(RuntimeError, match="already exists"):
+        register_config_entry()

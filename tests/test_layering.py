@@ -1,0 +1,53 @@
+"""The house has floors: nothing imports upward."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_attentiondrop
+
+
+PACKAGE = Path(hf_attentiondrop.__file__).parent
+ALLOWED = {
+    "functional": set(),
+    "version": set(),
+    "losses": set(),
+    "configuration": {"functional"},
+    "sites": {"configuration"},
+    "attention": {"configuration", "functional"},
+    "registration": {"attention", "configuration", "sites"},
+    "report": {"attention", "registration", "sites"},
+    "trainer": {"losses", "training_args", "configuration", "report", "consistency", "registration"},
+    "consistency": {"losses"},
+    "training_args": {"losses"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's own modules that a file imports, by the name of their floor."""
+    floors = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
+            floors.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_attentiondrop."):
+            floors.add(node.module.split(".")[1])
+    return floors
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_upward(path: Path) -> None:
+    floor = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if floor == "__init__":
+        return
+    assert imported(path) <= ALLOWED[floor] | {floor}
+
+
+def test_the_tensor_functions_need_torch_alone() -> None:
+    for path in (PACKAGE / "functional").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert all(name.split(".")[0] in ("torch", "collections", "dataclasses", "typing") for name in names), path

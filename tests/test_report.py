@@ -1,0 +1,101 @@
+"""The report: every attention module once, at its place, with the number of perturbed passes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
+
+from hf_attentiondrop import AttentionDropConfig, configure, report
+
+from .models import build, inputs
+
+
+EVERYWHERE = {"attentions": ["encoder_self", "decoder_self", "cross"]}
+
+
+def test_marian_has_three_kinds_told_apart() -> None:
+    rows = {row.name: (row.kind, row.layer) for row in report(build("marian")).rows}
+    assert rows == {
+        "model.encoder.layers.0.self_attn": ("encoder_self", 0),
+        "model.encoder.layers.1.self_attn": ("encoder_self", 1),
+        "model.decoder.layers.0.self_attn": ("decoder_self", 0),
+        "model.decoder.layers.0.encoder_attn": ("cross", 0),
+        "model.decoder.layers.1.self_attn": ("decoder_self", 1),
+        "model.decoder.layers.1.encoder_attn": ("cross", 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("drop", "active"),
+    [
+        ({}, ["encoder.layers.0.self", "encoder.layers.1.self", "decoder.layers.0.self", "decoder.layers.1.self"]),
+        ({"layers": [-1]}, ["encoder.layers.1.self", "decoder.layers.1.self"]),
+        ({"layers": [0], "attentions": ["cross"]}, ["decoder.layers.0.encoder"]),
+        ({"attentions": ["decoder_self"]}, ["decoder.layers.0.self", "decoder.layers.1.self"]),
+        ({"p": 0.0}, []),
+        ({"variant": "blur", "width": 1}, []),
+    ],
+)
+def test_layers_and_attentions_select(drop: dict, active: list[str]) -> None:
+    model = build("marian", attention_drop=drop)
+    names = [row.name.removeprefix("model.").removesuffix("_attn") for row in report(model).active]
+    assert names == active
+    model.train()(**inputs("marian"))
+    assert [row.calls > 0 for row in report(model).rows] == [bool(row.applied) for row in report(model).rows]
+
+
+def test_stages_are_counted_through() -> None:
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4)
+    config.attention_drop = {"layers": [-1]}
+    model = SwinModel._from_config(config, attn_implementation="attentiondrop")
+    assert [row.layer for row in report(model).rows] == [0, 1, 2]
+    assert [row.layer for row in report(model).active] == [2]
+
+
+def test_evaluation_is_not_counted() -> None:
+    model = build("bert")
+    model(**inputs("bert"))
+    assert [row.calls for row in report(model).rows] == [0, 0]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
+@pytest.mark.parametrize("variant", ["hard", "blur"])
+def test_gradient_checkpointing_changes_nothing_and_counts_once(
+    family: str, variant: str, use_reentrant: bool
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = build(family, attention_drop=AttentionDropConfig(variant=variant, p=0.5, sigma_max=2.0, **EVERYWHERE))
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        loss = model(**inputs(family)).loss
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss, gradients, [row.calls for row in report(model).rows]))
+    (loss, gradients, calls), (other_loss, other_gradients, other_calls) = results
+    assert torch.equal(loss, other_loss)
+    assert len(gradients) == len(other_gradients)
+    # Reentrant checkpointing sums the gradients of two decoder layers in another order, stock attention or not.
+    tolerance = 1e-9 if use_reentrant and family == "marian" else 0.0
+    for gradient, other in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=tolerance)
+    assert calls == other_calls == [1] * len(calls)
+
+
+def test_a_wrapped_model_is_found_and_anything_else_refused() -> None:
+    assert report(nn.ModuleDict({"inner": build("bert")})).model == "BertForSequenceClassification"
+    with pytest.raises(TypeError, match="Expected a Transformers model"):
+        report(nn.Linear(2, 2))
+
+
+def test_a_stack_with_a_copied_config_follows_its_model() -> None:
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model.set_attn_implementation("attentiondrop")
+    configure(model, {"variant": "blur"})
+    assert {row.applied for row in report(model).active} == {"blur sigma_max=1.0 width=5"}
+    model.config.attention_drop = {"p": 0.3, "attentions": ["cross"]}
+    assert [(row.kind, row.applied) for row in report(model).active] == [("cross", "hard p=0.3 k=5 fill=mask")] * 2
