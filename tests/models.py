@@ -126,3 +126,9 @@ def inputs(
         labels = batch["input_ids"].clone()
         return batch | {"labels": labels if padding is None else labels.masked_fill(~keep, -100)}
     return batch | {"labels": torch.randint(3, VOCAB_SIZE, (batch_size, length - 2), generator=generator)}
+
+
+def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool) -> None:
+    """Switches activation checkpointing on, under the name that the installed Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from hf_attentiondrop import AttentionDropConfig, report
 
-from .models import build, inputs
+from .models import build, enable_checkpointing, inputs
 
 
 DROPS = {
@@ -51,7 +51,7 @@ def test_inductor_trains() -> None:
 
 def test_compile_and_gradient_checkpointing_together() -> None:
     model, batch = build("llama", dropout=False, attention_drop=DROPS["hard_mask"]).train(), inputs("llama")
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(**batch).loss.backward()
     compiled(**batch).loss.backward()

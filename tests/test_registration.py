@@ -235,9 +235,9 @@ def test_an_older_dependency_is_refused_on_import() -> None:
     code = (
         "import importlib.metadata as metadata\n"
         "real = metadata.version\n"
-        "metadata.version = lambda name: '5.0.0' if name == 'transformers' else real(name)\n"
+        "metadata.version = lambda name: '4.57.0' if name == 'transformers' else real(name)\n"
         "import hf_attentiondrop\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "ImportError: hf_attentiondrop needs transformers >= " in result.stderr and "found 5.0.0" in result.stderr
+    assert "ImportError: hf_attentiondrop needs transformers >= " in result.stderr and "found 4.57.0" in result.stderr

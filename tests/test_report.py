@@ -7,7 +7,7 @@ from transformers import SwinConfig, SwinModel, T5Config, T5ForConditionalGenera
 
 from hf_attentiondrop import AttentionDropConfig, configure, report
 
-from .models import build, inputs
+from .models import build, enable_checkpointing, inputs
 
 
 EVERYWHERE = {"attentions": ["encoder_self", "decoder_self", "cross"]}
@@ -69,7 +69,7 @@ def test_gradient_checkpointing_changes_nothing_and_counts_once(
         model = build(family, attention_drop=AttentionDropConfig(variant=variant, p=0.5, sigma_max=2.0, **EVERYWHERE))
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant)
         torch.manual_seed(1)
         loss = model(**inputs(family)).loss
         loss.backward()
