@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from .attention import NAME, attention_drop_forward
 from .configuration import AttentionDropConfig, register_config_entry
 from .sites import attention_modules, check_selection, configs_of, place_sites
+from .support import refuse_unsupported_class, refuse_unsupported_modules
 
 
 def register() -> None:
@@ -110,7 +111,7 @@ def _get_correct_attn_implementation(self: PreTrainedModel, original: Any, *args
     """Refuses a class that would ignore the implementation, before its modules and weights exist."""
     implementation = original(self, *args, **kwargs)
     if implementation == NAME:
-        _refuse_unsupported(type(self))
+        refuse_unsupported_class(type(self))
     return implementation
 
 
@@ -165,28 +166,9 @@ def _is_part_of_a_model_being_built(model: PreTrainedModel) -> bool:
 def _activate(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Prepares a whole model of which the given parts run AttentionDrop, or refuses it."""
     for part in parts:
-        _refuse_unsupported(type(part))
+        refuse_unsupported_class(type(part))
     configs = {id(part.config) for part in parts}
     running = [module for _, module in attention_modules(model) if id(module.config) in configs]
-    if not running:
-        raise ValueError(
-            f"{type(model).__name__} has no attention that goes through Transformers' attention interface, so "
-            f"attn_implementation={NAME!r} would have no effect on it. {_REMEDY}"
-        )
     place_sites(model)
+    refuse_unsupported_modules(model, running)
     check_selection(model, running)
-
-
-def _refuse_unsupported(model_class: type[PreTrainedModel]) -> None:
-    if not model_class._can_set_attn_implementation():
-        raise ValueError(
-            f"{model_class.__name__} does not dispatch its attention through Transformers' attention interface, so "
-            f"attn_implementation={NAME!r} would be ignored, or masked wrongly, without a word. {_REMEDY}"
-        )
-
-
-_REMEDY = (
-    'Load it with its own attention (attn_implementation="eager"), or use a model that calls the interface: BERT, '
-    "RoBERTa, ViT, DeiT, BART, Marian, T5, Whisper, GPT-2, LLaMA, Mistral, Qwen, Gemma and many more. In a composite "
-    f'model, name only the parts that can: attn_implementation={{"text_config": "{NAME}"}}.'
-)

@@ -18,7 +18,7 @@ class ReportRow:
         layer: its layer within its stack.
         implementation: the attention implementation it runs.
         applied: what happens to it in training, in words; empty for nothing.
-        calls: how many forward passes were perturbed so far.
+        calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
     """
 
     name: str
@@ -61,7 +61,7 @@ def report(model: Any) -> Report:
         model: a Transformers model, or a wrapper around one.
 
     Returns:
-        A [`Report`]: print it, or read its `rows`. `calls` counts forward passes; those that activation checkpointing
+        A [`Report`]: print it, or read its `rows`. `calls` counts attention calls; those that activation checkpointing
         repeats in the backward pass count once.
 
     Raises:

@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration import CONFIG_KEY, AttentionDropConfig
 
 
+# What model files call cross-attention, and the arguments that hand it the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
+OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
 
 
 def _zero() -> torch.Tensor:
@@ -32,7 +34,7 @@ class AttentionSite:
         stack: name of the stack of layers the module belongs to, such as `"model.decoder.layers"`.
         layer: position in that stack.
         num_layers: length of that stack.
-        calls: how many forward passes were perturbed. A tensor, because a number would be a constant to
+        calls: how many of its attention calls were perturbed. A tensor, because a number would be a constant to
             `torch.compile`.
     """
 
@@ -147,19 +149,12 @@ def _governing_config(model: PreTrainedModel, name: str, module: nn.Module) -> P
 def _positions(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str, int, int]]:
     """Stack, layer number and stack length for the name of every attention module.
 
-    A stack is the path up to the first number. In a stack of stages, which themselves hold numbered blocks, the blocks
-    that attend are counted through.
+    A stack is the path up to the first number, and that number is the layer. A stack may be made of stages that hold
+    numbered blocks themselves (Swin): there the blocks that attend are counted through.
     """
-    blocks: dict[str, list[str]] = defaultdict(list)
-    paths = {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if not numbers:
-            paths[name] = (name, name)
-        else:
-            paths[name] = (".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1]))
-        stack, block = paths[name]
+    paths = {name: _stack_and_block(model, name) for name in names}
+    blocks = defaultdict(list)
+    for stack, block in paths.values():
         if block not in blocks[stack]:
             blocks[stack].append(block)
 
@@ -173,11 +168,35 @@ def _positions(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str,
     return positions
 
 
+def _stack_and_block(model: PreTrainedModel, name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return name, name
+    # Numbered siblings of different classes (T5's self-attention, cross-attention and feed-forward) are the inside of
+    # one layer, not layers.
+    while len(numbers) > 1 and len({type(m) for m in model.get_submodule(".".join(parts[: numbers[-1]]))}) > 1:
+        numbers.pop()
+    return ".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1])
+
+
 def _kind(name: str, module: nn.Module) -> str:
     """The kind of an attention, by what the model file calls it: at call time cross and self-attention look alike."""
     path = name.lower().split(".")
     labels = (type(module).__name__.lower(), *path[-2:])
-    if getattr(module, "is_cross_attention", False) or any(mark in label for label in labels for mark in CROSS_NAMES):
+    parameters = inspect.signature(type(module).forward).parameters
+    if (
+        getattr(module, "is_cross_attention", False)
+        or any(mark in label for label in labels for mark in CROSS_NAMES)
+        or any(other in parameters and parameters[other].default is inspect.Parameter.empty for other in OTHER_STATES)
+    ):
         return "cross"
-    is_decoder = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False) or "decoder" in path
+    is_decoder = _is_causal(module) or getattr(module, "is_decoder", False) or "decoder" in path
     return "decoder_self" if is_decoder else "encoder_self"
+
+
+def _is_causal(module: nn.Module) -> bool:
+    if hasattr(module, "is_causal"):
+        return bool(module.is_causal)
+    # A module that says nothing is causal to SDPA.
+    return "is_causal" not in inspect.getsource(type(module).forward)

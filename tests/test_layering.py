@@ -16,11 +16,14 @@ ALLOWED = {
     "configuration": {"functional"},
     "sites": {"configuration"},
     "attention": {"configuration", "functional"},
-    "registration": {"attention", "configuration", "sites"},
+    "support": {"attention"},
+    "registration": {"attention", "configuration", "sites", "support"},
     "report": {"attention", "registration", "sites"},
-    "trainer": {"losses", "training_args", "configuration", "report", "consistency", "registration"},
+    "doubling": set(),
     "consistency": {"losses"},
+    "recording": {"consistency"},
     "training_args": {"losses"},
+    "trainer": {"consistency", "doubling", "recording", "training_args"},
 }
 
 

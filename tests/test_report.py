@@ -52,6 +52,20 @@ def test_stages_are_counted_through() -> None:
     assert [row.layer for row in report(model).active] == [2]
 
 
+def test_sublayers_are_not_layers() -> None:
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration._from_config(config, attn_implementation="attentiondrop")
+    rows = {row.name.removesuffix("Attention"): (row.kind, row.layer) for row in report(model).rows}
+    assert rows == {
+        "encoder.block.0.layer.0.Self": ("encoder_self", 0),
+        "encoder.block.1.layer.0.Self": ("encoder_self", 1),
+        "decoder.block.0.layer.0.Self": ("decoder_self", 0),
+        "decoder.block.0.layer.1.EncDec": ("cross", 0),
+        "decoder.block.1.layer.0.Self": ("decoder_self", 1),
+        "decoder.block.1.layer.1.EncDec": ("cross", 1),
+    }
+
+
 def test_evaluation_is_not_counted() -> None:
     model = build("bert")
     model(**inputs("bert"))

@@ -1,0 +1,94 @@
+"""Which models can run AttentionDrop, and the refusal of those that cannot.
+
+Transformers accepts any registered name for any model and checks nothing. What a class does with its attention is read
+off its source, as Transformers itself does in `_can_set_attn_implementation`.
+"""
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import NAME
+
+
+_REMEDY = (
+    'Load it with its own attention (attn_implementation="eager"), or use a model that calls the interface: BERT, '
+    "RoBERTa, ViT, DeiT, BART, Marian, T5, Whisper, GPT-2, LLaMA, Mistral, Qwen, Gemma and many more. In a composite "
+    f'model, name only the parts that can: attn_implementation={{"text_config": "{NAME}"}}.'
+)
+_CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_implementation")
+_PADDING_AS_BIAS = re.compile(r"\* -10000")
+
+
+def refuse_unsupported_class(model_class: type[PreTrainedModel]) -> None:
+    """Refuses a model class by its source, before any module or weight exists.
+
+    Raises:
+        ValueError: naming the class, the reason and what does work.
+    """
+    if not model_class._can_set_attn_implementation():
+        raise _refusal(
+            model_class,
+            "does not dispatch its attention through Transformers' attention interface",
+            "would be ignored, or masked wrongly, without a word",
+        )
+    source = _module_source(model_class.__module__)
+    if _CLASSES_BY_IMPLEMENTATION.search(source):
+        raise _refusal(
+            model_class,
+            "picks an attention class by the name of the implementation, from a fixed list",
+            "is a name that it does not know",
+        )
+    if _PADDING_AS_BIAS.search(source):
+        raise _refusal(
+            model_class,
+            "hides padding by a bias of -10000, which cannot be told from a position bias",
+            "would perturb padding as if it were text",
+        )
+
+
+def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Refuses a built model by its attention modules.
+
+    Args:
+        model: the whole model.
+        modules: those of its attention modules that are to run AttentionDrop.
+
+    Raises:
+        ValueError: if there are none, or if a missing mask would mean that a decoder sees later tokens.
+    """
+    modules = list(modules)
+    if not modules:
+        raise _refusal(
+            type(model),
+            "has no attention that goes through Transformers' attention interface",
+            "would have no effect on it",
+        )
+    if not model._supports_sdpa and any(map(_is_unmarked_decoder, modules)):
+        raise _refusal(
+            type(model),
+            "has a decoder that is not marked causal and relies on a mask that only eager attention is given",
+            "would let it see later tokens",
+        )
+
+
+def _is_unmarked_decoder(module: nn.Module) -> bool:
+    is_decoder = module.attention_drop_site.kind == "decoder_self" and getattr(module, "is_decoder", False)
+    return is_decoder and getattr(module, "is_causal", None) is False
+
+
+def _refusal(model_class: type, reason: str, consequence: str) -> ValueError:
+    return ValueError(f"{model_class.__name__} {reason}, so attn_implementation={NAME!r} {consequence}. {_REMEDY}")
+
+
+@functools.cache
+def _module_source(name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (KeyError, OSError, TypeError):
+        return ""

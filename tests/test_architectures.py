@@ -1,0 +1,209 @@
+"""The sweep: every architecture either works, in each of the ways below, or is refused when it is built.
+
+All other dropout is 0 here, so that whatever is random or differs in training is AttentionDrop's doing.
+"""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from docs.generate_support_table import support_document
+from hf_attentiondrop import AttentionDropConfig, configure, report
+
+from .architectures import ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
+
+
+EVERYWHERE = {"attentions": ("encoder_self", "decoder_self", "cross")}
+HARD = AttentionDropConfig(variant="hard", p=0.5, k=3, **EVERYWHERE)
+BLUR = AttentionDropConfig(variant="blur", sigma_max=2.0, **EVERYWHERE)
+
+# So rarely hit, and so little blurred, that nothing happens.
+IDLE = [
+    AttentionDropConfig(variant="hard", p=1e-9, fill="mask", **EVERYWHERE),
+    AttentionDropConfig(variant="hard", p=1e-9, fill="zero", **EVERYWHERE),
+    AttentionDropConfig(variant="blur", sigma_max=1e-3, **EVERYWHERE),
+]
+
+# Between eager and SDPA stock Transformers itself differs by up to 3e-6 here.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+# Their scores are capped after the product with the keys: blurred keys would not give blurred scores.
+SOFTCAPPED = ["gemma2", "t5gemma", "vaultgemma"]
+# Modules that attend more than once in a forward pass of their model: shared layers, a difference of two attentions,
+# recurrence, one call per image.
+REPEATED = {
+    "albert": {2},
+    "diffllama": {2},
+    "hrm_text": {2, 6},
+    "qwen2_vl": {1, 3},
+    "qwen2_5_vl": {1, 3},
+    "qwen3_vl": {1, 3},
+}
+# Arguments by which a model file hands keys of another sequence to an attention module.
+OTHER_STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context")
+
+# They accept any implementation's name in silence.
+SILENT = """
+    mpnet longformer big_bird led bloom codegen mpt blip convbert layoutlmv3 rembert luke nystromformer roformer xglm
+    deberta deberta-v2 swinv2 wavlm xlnet reformer prophetnet
+"""
+
+
+def _cases(names: list[str]) -> Any:
+    return pytest.mark.parametrize("name", names)
+
+
+def _variants(names: list[str]) -> Any:
+    cases = [(name, drop) for name in names for drop in (HARD, BLUR) if drop is HARD or name not in SOFTCAPPED]
+    return pytest.mark.parametrize(("name", "drop"), cases, ids=[f"{name}-{drop.variant}" for name, drop in cases])
+
+
+def _run(model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every float tensor that a model returns, with only the real tokens of those that follow the text."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        outputs = dict(_float_tensors("", model(**inputs)))
+    mask = inputs.get("attention_mask")
+    is_text = mask is not None
+    return {
+        key: value[mask.bool()] if is_text and value.shape[:2] == mask.shape else value
+        for key, value in outputs.items()
+    }
+
+
+def _float_tensors(key: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _float_tensors(f"{key}.{name}", item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _float_tensors(f"{key}.{index}", item)
+
+
+def _tokens(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """What a model says of each token, `(B, length, width)`."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+
+
+def _differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def _trained_with(name: str, drop: AttentionDropConfig) -> PreTrainedModel:
+    return build(name, "attentiondrop", drop).train()
+
+
+def test_the_sweep_does_not_shrink() -> None:
+    assert len(SUPPORTED) >= 171
+    assert len(ARCHITECTURES) >= 233
+    assert set(SILENT.split()) <= set(REFUSED)
+
+
+def test_the_documented_table_is_what_the_models_do() -> None:
+    document = Path(__file__).parents[1] / "docs" / "supported_models.md"
+    assert document.read_text(encoding="utf-8") == support_document(), (
+        "docs/supported_models.md is out of date: run `python -m docs.generate_support_table`"
+    )
+
+
+@_cases(REFUSED)
+def test_what_cannot_work_is_refused_when_built(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{model_class(name).__name__}.*attention"):
+        build(name, "attentiondrop")
+
+
+@_cases(SUPPORTED)
+def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
+    stock, model = build(name).eval(), build(name, "attentiondrop", HARD).eval()
+    inputs = tiny_inputs(name, model)
+    outputs = _run(model, inputs)
+    if stock.config._attn_implementation == "sdpa":
+        assert not _differ(_run(stock, inputs), outputs)
+    assert_close(outputs, _run(build(name, "eager").eval(), inputs), **TOLERANCE)
+    assert all(row.calls == 0 for row in report(model).rows)
+
+
+@_cases(SUPPORTED)
+def test_training_without_a_hit_is_eager_training(name: str) -> None:
+    """Bias, softcap, sinks and masks of every kind are still there in the attention that perturbs."""
+    model = _trained_with(name, HARD)
+    inputs = tiny_inputs(name, model)
+    expected = _run(build(name, "eager").train(), inputs)
+    for drop in IDLE:
+        configure(model, drop)
+        if drop.variant == "blur" and name in SOFTCAPPED:
+            with pytest.raises(ValueError, match="blur.*softcap"):
+                _run(model, inputs)
+        else:
+            assert_close(_run(model, inputs), expected, **TOLERANCE)
+
+
+@_variants(SUPPORTED)
+def test_training_perturbs_every_attention(name: str, drop: AttentionDropConfig) -> None:
+    model = _trained_with(name, drop)
+    inputs = tiny_inputs(name, model)
+    outputs = _run(model, inputs)
+    assert {row.calls for row in report(model).rows} == REPEATED.get(name, {1})
+    assert all(torch.isfinite(value).all() for value in outputs.values())
+    assert _differ(outputs, _run(build(name, "eager").train(), inputs))
+    assert not _differ(outputs, _run(model, inputs))
+    assert _differ(outputs, _run(model, inputs, seed=1))
+
+
+@_variants([name for name in SUPPORTED if ARCHITECTURES[name].causal])
+def test_no_token_feels_a_later_one(name: str, drop: AttentionDropConfig) -> None:
+    model = _trained_with(name, drop)
+    inputs = tiny_inputs(name, model)
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    changed = inputs[key].clone()
+    changed[:, -2:] = 95
+    before, after = (_tokens(model, {**inputs, key: ids}) for ids in (inputs[key], changed))
+    real = inputs["attention_mask"].bool() if key == "input_ids" else torch.ones_like(changed, dtype=torch.bool)
+    assert_close(after[:, :-2][real[:, :-2]], before[:, :-2][real[:, :-2]], **TOLERANCE)
+    assert not torch.equal(after[:, -2:], before[:, -2:])
+
+
+@_variants([name for name in SUPPORTED if ARCHITECTURES[name].padded])
+def test_no_token_feels_padding(name: str, drop: AttentionDropConfig) -> None:
+    model = _trained_with(name, drop)
+    inputs = tiny_inputs(name, model)
+    real = inputs["attention_mask"].bool()
+    repadded = inputs["input_ids"].where(real, 7)
+    before, after = (_tokens(model, {**inputs, "input_ids": ids}) for ids in (inputs["input_ids"], repadded))
+    if "decoder_input_ids" not in inputs:
+        before, after = before[real], after[real]
+    assert_close(after, before, **TOLERANCE)
+
+
+@_cases(SUPPORTED)
+def test_kinds_are_what_happens(name: str) -> None:
+    """Cross-attention is where the keys come from elsewhere, and whatever generates has a decoder."""
+    model = _trained_with(name, HARD)
+    given_other_states = {}
+
+    def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        arguments |= arguments.get("kwargs", {})
+        given_other_states[module] = any(arguments.get(key) is not None for key in OTHER_STATES)
+
+    rows = report(model).rows
+    for row in rows:
+        model.get_submodule(row.name).register_forward_pre_hook(look, with_kwargs=True)
+    _run(model, tiny_inputs(name, model))
+    assert {row.name: row.kind == "cross" for row in rows} == {
+        row.name: given_other_states[model.get_submodule(row.name)] for row in rows
+    }
+    # CLIP's text tower is an encoder, though a causal one; PaliGemma's prefix sees itself both ways.
+    if ARCHITECTURES[name].causal and name not in ("clip_text_model", "paligemma"):
+        assert "decoder_self" in {row.kind for row in rows}
