@@ -279,9 +279,9 @@ _IMAGES_AUDIO_AND_PAIRS = """
 _REFUSED = """
     big_bird bigbird_pegasus blip bloom canine codegen convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
     flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese gptj groupvit ibert imagegpt led longformer luke
-    mamba markuplm megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert resnet
-    roformer sam_vision_model sew-d squeezebert table-transformer tapas vilt visual_bert vitdet wavlm xglm xlm xlnet
-    yoso
+    mamba markuplm megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
+    resnet roformer sam_vision_model sew-d squeezebert table-transformer tapas vilt visual_bert vitdet wavlm xglm xlm
+    xlnet yoso
 """
 
 _ROWS = [

@@ -1,4 +1,4 @@
-"""The definitions, written down as plainly as they read, on materialised scores. Slow on purpose; float64 in the tests."""
+"""The definitions, as plainly as they read, on materialised scores. Slow on purpose; float64 in the tests."""
 
 import torch
 from torch.nn import functional as F

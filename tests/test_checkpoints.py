@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -55,6 +56,20 @@ def test_the_configuration_comes_back_and_waits_to_be_asked_for(tmp_path: Path) 
     assert stock.config._attn_implementation == "sdpa" and not hf_attentiondrop.report(stock).active
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="attentiondrop")
     assert [row.applied for row in hf_attentiondrop.report(again).rows] == ["", "hard p=0.25 k=5 fill=mask"]
+
+
+def test_a_lora_adapter_trains_under_perturbation_and_comes_back(tmp_path: Path) -> None:
+    base, batch = build("llama", dropout=False, attention_drop={"p": 0.5}), inputs("llama")
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, adapter).train()
+    hf_attentiondrop.configure(model, {"variant": "blur"})
+    model(**batch).loss.backward()
+    assert {row.calls for row in hf_attentiondrop.report(model).rows} == {1}
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        trained = model.eval()(**batch).logits
+        stock = PeftModel.from_pretrained(build("llama", attn_implementation="sdpa"), tmp_path)(**batch).logits
+    assert torch.equal(trained, stock)
 
 
 def test_saving_does_not_write_counts_or_sites(tmp_path: Path) -> None:
