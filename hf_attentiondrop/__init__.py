@@ -1,5 +1,8 @@
 """AttentionDrop for Hugging Face Transformers; importing it registers `attn_implementation="attentiondrop"`."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__, require_minimum_versions
 
 
@@ -10,6 +13,45 @@ from .registration import configure, register  # noqa: E402
 from .report import Report, report  # noqa: E402
 
 
+if TYPE_CHECKING:
+    from .losses import consistency_loss
+    from .trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
+    from .training_args import (
+        AttentionDropSeq2SeqTrainingArguments,
+        AttentionDropTrainingArguments,
+        ConsistencyArguments,
+    )
+
 register()
 
-__all__ = ["AttentionDropConfig", "Report", "__version__", "configure", "report"]
+# Loaded when first asked for: a training loop of one's own does not need the Trainer and what it imports.
+_LAZY = {
+    "AttentionDropSeq2SeqTrainer": "trainer",
+    "AttentionDropSeq2SeqTrainingArguments": "training_args",
+    "AttentionDropTrainer": "trainer",
+    "AttentionDropTrainingArguments": "training_args",
+    "ConsistencyArguments": "training_args",
+    "ConsistencyTrainerMixin": "trainer",
+    "consistency_loss": "losses",
+}
+
+__all__ = [
+    "AttentionDropConfig",
+    "AttentionDropSeq2SeqTrainer",
+    "AttentionDropSeq2SeqTrainingArguments",
+    "AttentionDropTrainer",
+    "AttentionDropTrainingArguments",
+    "ConsistencyArguments",
+    "ConsistencyTrainerMixin",
+    "Report",
+    "__version__",
+    "configure",
+    "consistency_loss",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,233 @@
+"""Trainers whose loss has a consistency term."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from .consistency import LabelAlignment, has_dropout, output_divergence
+from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+from .recording import RecordForward
+from .training_args import ConsistencyArguments
+
+
+logger = logging.getLogger(__name__)
+
+# Equal passes differ by rounding at most; dropout gives far more, even at initialization.
+NO_DIVERGENCE = 1e-9
+
+
+class ConsistencyTrainerMixin:
+    """Adds the consistency term to any [`~transformers.Trainer`] class, put before it among the base classes.
+
+    In training each batch runs twice in one forward, with independent perturbations, and the loss is the task loss,
+    the mean over both passes, plus `consistency_weight` times their divergence. The task loss is what the other base
+    class makes of the doubled batch. Evaluation, prediction, and training at weight 0 are left alone.
+
+    Gradients do not depend on how a batch is cut into accumulation steps and processes: the mean over each micro-batch
+    is weighted by its share of the items. `task_loss` and `consistency_loss` are logged beside `loss`.
+
+    Overrides `compute_loss`, `get_batch_samples` and `log`, and sets `loss_is_scaled_for_ga`.
+
+    Args:
+        args:
+            What the other base class takes. An `args` with the fields of [`ConsistencyArguments`] configures the term.
+        consistency_weight (`float`, *optional*):
+            Goes before `args.consistency_weight`; 1.0 if neither is there.
+        consistency_divergence (`str`, *optional*):
+            Goes before `args.consistency_divergence`; `"symmetric_kl"` if neither is there.
+        consistency_warmup_steps (`int`, *optional*):
+            Goes before `args.consistency_warmup_steps`; 0 if neither is there.
+
+    Raises:
+        ValueError: for values out of range, and for what the term does not work with (`nn.DataParallel`, context and
+            sequence parallelism, prompt tuning with label smoothing).
+
+    Example:
+
+    ```python
+    class ConsistencySFTTrainer(ConsistencyTrainerMixin, SFTTrainer):
+        pass
+
+    trainer = ConsistencySFTTrainer(model, args=SFTConfig("out"), train_dataset=dataset, consistency_weight=0.5)
+    ```
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        consistency_weight: float | None = None,
+        consistency_divergence: str | None = None,
+        consistency_warmup_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        given = {
+            "consistency_weight": consistency_weight,
+            "consistency_divergence": consistency_divergence,
+            "consistency_warmup_steps": consistency_warmup_steps,
+        }
+        for field in fields(ConsistencyArguments):
+            if given[field.name] is None:
+                given[field.name] = getattr(self.args, field.name, field.default)
+        ConsistencyArguments(**given)
+        # They live in the arguments, where callbacks and hyperparameter search look for them.
+        for name, value in given.items():
+            setattr(self.args, name, value)
+        self._stock_loss_is_scaled_for_ga = self.loss_is_scaled_for_ga
+        self._component_sums: Tensor | None = None
+        self._has_looked_for_randomness = False
+        if self.args.consistency_weight > 0:
+            self._refuse_unsupported()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch; in training that of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
+        if not (model.training and self.args.consistency_weight > 0):
+            self.loss_is_scaled_for_ga = self._stock_loss_is_scaled_for_ga
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        core, alignment = self._core_model, self._alignment
+        config = getattr(core, "config", None)
+        refuse_hidden_packing(inputs, getattr(config, "_attn_implementation", None) or "")
+        batch_size = batch_size_of(inputs, getattr(core, "main_input_name", "input_ids"))
+        num_items = alignment.count_items(inputs, batch_size).to(self.args.device)
+        # Without the number of items every head returns the mean over its micro-batch, whether or not it would have
+        # used the number. That mean is weighted below.
+        with RecordForward(model, alignment) as forward, self._compute_loss_func_for(2 * num_items):
+            task_loss = super().compute_loss(model, double_batch(inputs, batch_size), num_items_in_batch=None)
+        if len(forward.outputs) != 1:
+            raise ValueError(
+                f"{type(self).__name__} called the model {len(forward.outputs)} times with gradients for one loss: "
+                "the consistency term compares the two halves of a single forward. Set `consistency_weight=0`."
+            )
+        outputs = forward.outputs[0]
+        problem_type = getattr(config, "problem_type", None)
+        divergence = output_divergence(outputs, inputs, alignment, problem_type, self.args.consistency_divergence)
+        if not self._has_looked_for_randomness:
+            self._look_for_randomness(divergence)
+
+        share = self._share_of_step(num_items, num_items_in_batch)
+        components = torch.stack((task_loss.to(divergence.dtype), divergence, torch.ones_like(divergence))) * share
+        # A micro-batch without any item has no mean.
+        components = torch.where(num_items > 0, components, torch.zeros_like(components))
+        sums = components.detach()
+        self._component_sums = sums if self._component_sums is None else self._component_sums + sums
+        self.loss_is_scaled_for_ga = True
+        loss = components[0] + self._current_consistency_weight * components[1]
+        return (loss, first_half(outputs, batch_size)) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step and their number of items. See
+        [`~transformers.Trainer.get_batch_samples`], which counts for some models only."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.consistency_weight > 0 and batches:
+            alignment = self._alignment
+            name = getattr(self._core_model, "main_input_name", "input_ids")
+            counts = [alignment.count_items(batch, batch_size_of(batch, name)).to(device) for batch in batches]
+            num_items = torch.stack(counts).sum()
+            if self.args.average_tokens_across_devices:
+                num_items = self.accelerator.reduce(num_items, reduction="sum")
+        return batches, num_items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with the components of the training loss. See [`~transformers.Trainer.log`]."""
+        if "loss" in logs and self._component_sums is not None:
+            # The third sum is the number of steps since the last log.
+            task_loss, divergence, steps = self.accelerator.reduce(self._component_sums, reduction="mean").tolist()
+            logs = {**logs, "task_loss": task_loss / steps, "consistency_loss": divergence / steps}
+            self._component_sums = None
+        super().log(logs, start_time)
+
+    @property
+    def _core_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _alignment(self) -> LabelAlignment:
+        return LabelAlignment.of_model(self._core_model, self._loss_shifts_labels)
+
+    @property
+    def _current_consistency_weight(self) -> float:
+        warmup_steps = self.args.consistency_warmup_steps
+        ramp = min(1.0, self.state.global_step / warmup_steps) if warmup_steps > 0 else 1.0
+        return ramp * self.args.consistency_weight
+
+    def _share_of_step(self, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Weight of a micro-batch, so that the gradients of an optimizer step add up to those of its mean."""
+        if num_items_in_batch is None:
+            return 1.0
+        # Processes average their gradients. Tensor parallel copies of a batch count in the items as in the processes.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return num_items / num_items_in_batch * processes
+
+    @contextmanager
+    def _compute_loss_func_for(self, num_items: Tensor) -> Iterator[None]:
+        """Gives a user's loss function the items of the doubled micro-batch, so that it returns their mean."""
+        compute_loss_func = self.compute_loss_func
+        if compute_loss_func is None:
+            yield
+            return
+
+        def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.clamp(min=1))
+
+        self.compute_loss_func = mean_loss
+        try:
+            yield
+        finally:
+            self.compute_loss_func = compute_loss_func
+
+    def _refuse_unsupported(self) -> None:
+        remedy = "or set `consistency_weight=0`"
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"The consistency term does not run under nn.DataParallel ({self.args.n_gpu} GPUs in one process): it "
+                "averages its replicas whatever their numbers of items. Start one process per GPU with "
+                f"`accelerate launch`, show this one a single GPU with CUDA_VISIBLE_DEVICES, {remedy}."
+            )
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "The consistency term does not run under context or sequence parallelism: these cut the sequences of "
+                f"a batch that has to be doubled first. Use data, tensor or fully sharded parallelism, {remedy}."
+            )
+        if self._alignment.virtual_tokens and self.label_smoother is not None:
+            raise ValueError(
+                "Label smoothing does not work with prompt tuning: Transformers smooths without regard to the virtual "
+                f"tokens before the logits. Set `label_smoothing_factor=0`, {remedy}."
+            )
+
+    def _look_for_randomness(self, divergence: Tensor) -> None:
+        """Warns where both passes are the same. Equal outputs alone do not tell: a fresh LoRA adapter adds nothing
+        yet, whatever its dropout."""
+        self._has_looked_for_randomness = True
+        if divergence.item() > NO_DIVERGENCE or not self.is_world_process_zero() or has_dropout(self._core_model):
+            return
+        logger.warning(
+            f"The consistency term has no effect: {type(self._core_model).__name__} has no dropout above 0 and no "
+            "active AttentionDrop, so both passes over a batch are the same. Load the model with "
+            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), raise a dropout '
+            "probability in its config (attention_dropout, hidden_dropout_prob, ...), or set `consistency_weight=0` "
+            "to save the second pass."
+        )
+
+
+class AttentionDropTrainer(ConsistencyTrainerMixin, Trainer):
+    """[`~transformers.Trainer`] with the consistency term, see [`ConsistencyTrainerMixin`]."""
+
+
+class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] with the consistency term, see [`ConsistencyTrainerMixin`]."""

@@ -1,0 +1,225 @@
+"""Tiny real training runs for the tests of the consistency trainers; as a program it runs them on several processes.
+
+Dropout is off, and a hook adds to every token embedding a perturbation that depends on the token and on the pass
+alone. So every way to cut a batch into micro-batches and processes sees the same perturbations.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertForTokenClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
+
+from hf_attentiondrop.trainer import AttentionDropTrainer
+from hf_attentiondrop.training_args import AttentionDropTrainingArguments
+
+from .models import VOCAB_SIZE, build
+
+
+LABELS = 3
+
+
+def _token_classifier(**config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return BertForTokenClassification(build("bert", **config).config)
+
+
+# Large initial weights, so that the perturbation reaches the logits of every task.
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "classification": lambda **config: build("bert", num_labels=LABELS, initializer_range=0.2, **config),
+    "token_classification": lambda **config: _token_classifier(num_labels=LABELS, initializer_range=0.2, **config),
+    "causal_lm": lambda **config: build("llama", initializer_range=0.2, **config),
+    "seq2seq": lambda **config: build("marian", init_std=0.2, **config),
+}
+TASKS = tuple(MODELS)
+SMOOTHINGS = (0.0, 0.1)
+
+
+def build_model(task: str, *, dropout: bool = False, **config: Any) -> PreTrainedModel:
+    """The model of a task, always with the same weights."""
+    return MODELS[task](**{"dropout": dropout, "attn_implementation": "sdpa", **config})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words `w2 w3 …`."""
+    words = {"<pad>": 0, "</s>": 1} | {f"w{index}": index for index in range(2, VOCAB_SIZE)}
+    words = Tokenizer(WordLevel(words, unk_token="w2"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+
+
+def rows(task: str, number: int = 8) -> list[dict[str, Any]]:
+    """Rows of unequal length with labels; some tokens have none."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+    examples = []
+    for index in range(number):
+        input_ids = tokens(3 + 5 * index % 8)
+        if task == "classification":
+            labels = index % LABELS
+        elif task == "token_classification":
+            labels = [-100 if token % 4 == 0 else token % LABELS for token in input_ids]
+        elif task == "causal_lm":
+            labels = [-100 if position < index % 3 else token for position, token in enumerate(input_ids)]
+        else:
+            labels = [*tokens(2 + 3 * index % 7), 1]
+        examples.append({"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels})
+    return examples
+
+
+def collator(task: str, model: PreTrainedModel | None = None) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """What pads the rows of a task."""
+    if task == "classification":
+        return DataCollatorWithPadding(tokenizer())
+    return DataCollatorForSeq2Seq(tokenizer(), model=model if task == "seq2seq" else None)
+
+
+def perturb_embeddings(model: PreTrainedModel, strength: float = 0.5) -> None:
+    """Adds to each token embedding a wave that depends on the token and on the half of the batch that it is in."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        tokens = args[0]
+        half = (torch.arange(len(tokens)) >= len(tokens) // 2).view(-1, 1, 1)
+        phase = (1.0 + tokens.unsqueeze(-1)) * (1.0 + torch.arange(output.shape[-1])) + 2.5 * half
+        return output + strength * torch.sin(phase).to(output.dtype)
+
+    for module in model.modules():
+        # PEFT and encoder-decoder models call tied embeddings by several names.
+        if type(module) is nn.Embedding and module.num_embeddings == VOCAB_SIZE:
+            module.register_forward_hook(hook)
+
+
+def plain_step(
+    task: str, smoothing: float = 0.0, examples: list[dict[str, Any]] | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """What one step on all rows at once should log, and its gradients, from the formulas as they are written."""
+    model = build_model(task).train()
+    perturb_embeddings(model)
+    batch = collator(task, model)(rows(task) if examples is None else examples)
+    labels = torch.as_tensor(batch.pop("labels"))
+    doubled = {name: torch.cat((value, value)) for name, value in batch.items()}
+    log_probs = model(**doubled).logits.log_softmax(-1)
+    if task == "causal_lm":
+        log_probs, labels = log_probs[:, :-1], labels[:, 1:]
+    task_loss = cross_entropy(
+        log_probs.flatten(0, -2), torch.cat((labels, labels)).flatten(), label_smoothing=smoothing
+    )
+    log_p, log_q = log_probs.chunk(2)
+    divergences = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+    divergence = divergences[labels != -100].mean()
+    loss = task_loss + divergence
+    loss.backward()
+    logs = {"loss": loss.item(), "task_loss": task_loss.item(), "consistency_loss": divergence.item()}
+    return logs, gradients_of(model)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a model, by parameter."""
+    return {
+        name.removeprefix("module."): parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps the gradients of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.gradients = gradients_of(model)
+
+
+def assert_same_step(
+    step: tuple[dict[str, float], dict[str, Tensor]], expected: tuple[dict[str, float], dict[str, Tensor]]
+) -> None:
+    """Compares logs and gradients of two steps, to 1e-6 the gradients."""
+    (logs, gradients), (expected_logs, expected_gradients) = step, expected
+    assert expected_gradients.keys() == gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6, msg=lambda text, of=name: of + text)
+    for name in ("loss", "task_loss", "consistency_loss"):
+        assert abs(logs[name] - expected_logs[name]) < 2e-6 * max(1, abs(expected_logs[name])), name
+
+
+def arguments(output_dir: str, kind: type = AttentionDropTrainingArguments, **values: Any) -> Any:
+    """Training arguments for one quiet step on the CPU."""
+    defaults = {
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return kind(output_dir=output_dir, **{**defaults, **values})
+
+
+def train(
+    task: str,
+    output_dir: str,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    *,
+    model: nn.Module | None = None,
+    examples: list[dict[str, Any]] | None = None,
+    strength: float = 0.5,
+    trainer_class: type[Trainer] = AttentionDropTrainer,
+    arguments_class: type = AttentionDropTrainingArguments,
+    trainer_kwargs: dict[str, Any] | None = None,
+    **values: Any,
+) -> tuple[Trainer, dict[str, Tensor]]:
+    """Trains a task, by default one optimizer step on all its rows; gives the trainer and the last gradients."""
+    model = build_model(task) if model is None else model
+    if strength:
+        perturb_embeddings(model, strength)
+    recorder = GradientRecorder()
+    values = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        **values,
+    }
+    settings = {
+        "train_dataset": Dataset.from_list(rows(task) if examples is None else examples),
+        "data_collator": collator(task, model),
+        "callbacks": [recorder],
+        **(trainer_kwargs or {}),
+    }
+    trainer = trainer_class(model=model, args=arguments(output_dir, arguments_class, **values), **settings)
+    trainer.train()
+    return trainer, recorder.gradients
+
+
+def main(output: str, batch_size: str, accumulation: str) -> None:
+    """Saves the gradients and logs of every task and label smoothing to a file."""
+    results = {}
+    for task in TASKS:
+        for smoothing in SMOOTHINGS:
+            trainer, gradients = train(
+                task, f"{output}-runs", int(batch_size), int(accumulation), label_smoothing_factor=smoothing
+            )
+            results[task, smoothing] = trainer.accelerator.num_processes, trainer.state.log_history[0], gradients
+    if trainer.is_world_process_zero():
+        torch.save(results, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The divergence looks at the items of the task loss, whatever the task."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from hf_attentiondrop.consistency import LabelAlignment, has_dropout, output_divergence
+from hf_attentiondrop.losses import consistency_loss
+
+from .models import build
+
+
+PLAIN = LabelAlignment()
+CAUSAL = LabelAlignment(shifts_labels=True)
+
+
+def divergence(logits: Tensor, labels: Tensor | None, alignment: LabelAlignment = PLAIN, **kwargs: Any) -> Tensor:
+    return output_divergence({"logits": logits}, {"labels": labels}, alignment, **kwargs)
+
+
+def test_classification_takes_the_rows_that_have_a_label() -> None:
+    logits = torch.randn(6, 4)
+    expected = consistency_loss(logits[[0, 2, 3, 5]])
+    for labels in (torch.tensor([1, -100, 2]), torch.tensor([[1], [-100], [2]])):
+        torch.testing.assert_close(divergence(logits, labels), expected)
+    assert PLAIN.count_items({"labels": labels}, 3) == 2
+
+
+def test_tokens_are_those_with_a_label() -> None:
+    logits, labels = torch.randn(4, 5, 7), torch.tensor([[1, -100, 2, -100, -100], [3, 4, -100, 5, 6]])
+    seen = torch.cat((labels, labels)).ne(-100)
+    torch.testing.assert_close(divergence(logits, labels), consistency_loss(logits[seen]))
+    assert PLAIN.count_items({"labels": labels}, 2) == 6
+
+
+def test_causal_language_models_look_one_position_back() -> None:
+    logits, labels = torch.randn(4, 5, 7), torch.tensor([[1, -100, 2, -100, -100], [3, 4, -100, 5, 6]])
+    seen = torch.cat((labels, labels))[:, 1:].ne(-100)
+    expected = consistency_loss(logits[:, :-1][seen])
+    torch.testing.assert_close(divergence(logits, labels, CAUSAL), expected)
+    assert CAUSAL.count_items({"labels": labels}, 2) == 4
+
+
+def test_shifted_labels_are_taken_as_they_are() -> None:
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, -100]])
+    batch = {"labels": torch.zeros(1, 4, dtype=torch.long), "shift_labels": labels}
+    value = output_divergence({"logits": logits}, batch, CAUSAL)
+    torch.testing.assert_close(value, consistency_loss(logits[:, :3]))
+    assert CAUSAL.count_items(batch, 1) == 3
+
+
+def test_virtual_tokens_stand_before_the_labels() -> None:
+    logits, labels = torch.randn(2, 2 + 4, 7), torch.tensor([[1, 2, -100, 3]])
+    causal = LabelAlignment(shifts_labels=True, virtual_tokens=2)
+    torch.testing.assert_close(divergence(logits, labels, causal), consistency_loss(logits[:, [1, 2, 4]]))
+    assert causal.count_items({"labels": labels}, 1) == 3
+    plain = LabelAlignment(virtual_tokens=2)
+    torch.testing.assert_close(divergence(logits, labels, plain), consistency_loss(logits[:, [2, 3, 5]]))
+    # Encoder-decoder models put them into the encoder, and the logits get none.
+    torch.testing.assert_close(divergence(logits[:, 2:], labels, plain), consistency_loss(logits[:, [2, 3, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "problem_type", "resolved"),
+    [
+        (1, torch.randn(3), None, "regression"),
+        (1, torch.tensor([1, 2, 3]), None, "regression"),
+        (4, torch.rand(3, 4).round(), None, "multi_label_classification"),
+        (4, torch.randn(3, 4), "regression", "regression"),
+        (4, torch.tensor([0, 3, 1]), None, "single_label_classification"),
+    ],
+)
+def test_the_kind_of_problem_is_found_as_transformers_finds_it(
+    classes: int, labels: Tensor, problem_type: str | None, resolved: str
+) -> None:
+    logits = torch.randn(6, classes)
+    value = divergence(logits, labels, problem_type=problem_type)
+    torch.testing.assert_close(value, consistency_loss(logits, problem_type=resolved))
+    assert PLAIN.count_items({"labels": labels}, 3) == 3
+
+
+def test_answers_are_compared_by_their_start_and_their_end() -> None:
+    start, end = torch.randn(4, 6), torch.randn(4, 6)
+    batch = {"start_positions": torch.tensor([2, 6]), "end_positions": torch.tensor([3, 1])}
+    value = output_divergence({"start_logits": start, "end_logits": end}, batch, PLAIN)
+    expected = (consistency_loss(start[[0, 2]]) + 2 * consistency_loss(end)) / 3
+    torch.testing.assert_close(value, expected)
+    assert PLAIN.count_items(batch, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        ({"loss": torch.zeros(())}, torch.zeros(2), r"tensor `logits` in training, got \['loss'\].*fused_linear"),
+        ((torch.zeros(4, 3),), torch.zeros(2), "tensor `logits` in training, got no mapping"),
+        ({"logits": torch.zeros(4, 3)}, None, "labels of NoneType"),
+        ({"logits": torch.zeros(4, 3, 8, 8)}, torch.zeros(2, 8, 8).long(), r"logits \(4, 3, 8, 8\)"),
+        ({"logits": torch.zeros(4, 9, 3)}, torch.zeros(2, 5).long(), r"labels of 9 positions.*got shape \(2, 5\)"),
+    ],
+)
+def test_tasks_whose_items_are_unknown_are_refused(outputs: Any, labels: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        output_divergence(outputs, {"labels": labels}, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "shifts"),
+    [
+        (LlamaForCausalLM, True),
+        (BertLMHeadModel, True),
+        (BertForSequenceClassification, False),
+        (BertForQuestionAnswering, False),
+    ],
+)
+def test_the_shift_is_that_of_the_models_own_loss(model_class: type, shifts: bool) -> None:
+    family = "llama" if model_class is LlamaForCausalLM else "bert"
+    model = model_class(build(family).config)
+    assert LabelAlignment.of_model(model, shifts_labels=False) == LabelAlignment(shifts_labels=shifts)
+
+
+def test_older_causal_models_shift_although_their_loss_type_does_not_say_so() -> None:
+    tiny = {"vocab_size": 32, "n_layer": 1, "n_head": 2}
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, **tiny))
+    assert LabelAlignment.of_model(gpt, shifts_labels=False).shifts_labels
+    xlnet = XLNetLMHeadModel(XLNetConfig(d_model=8, d_inner=8, **tiny))
+    assert not LabelAlignment.of_model(xlnet, shifts_labels=False).shifts_labels
+
+
+def test_dropout_is_found_in_modules_and_in_functional_calls() -> None:
+    assert has_dropout(build("bert")) and not has_dropout(build("bert", dropout=False))
+    assert has_dropout(build("marian")) and not has_dropout(build("marian", dropout=False))
+    assert not has_dropout(build("marian", dropout=False, encoder_layerdrop=0.5)), "it hits both passes alike"
+    assert has_dropout(build("llama", attention_dropout=0.1)) and not has_dropout(build("llama"))

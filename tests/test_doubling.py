@@ -1,0 +1,117 @@
+"""Every input of a batch is repeated as the model reads it, or refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_attentiondrop.doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+
+from .models import build, inputs
+
+
+def test_batch_first_tensors_follow_each_other() -> None:
+    values = {"input_ids": torch.arange(6).view(2, 3), "labels": torch.tensor([0, 1]), "flag": True, "none": None}
+    doubled = double_batch(values, 2)
+    assert doubled["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert doubled["labels"].tolist() == [0, 1, 0, 1]
+    assert doubled["flag"] is True and doubled["none"] is None
+    assert values["input_ids"].shape == (2, 3), "the batch itself stays as it is"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_position_ids_of_several_axes_are_repeated_along_their_rows(batch_size: int) -> None:
+    position_ids = torch.arange(3 * batch_size * 4).view(3, batch_size, 4)
+    doubled = double_batch({"position_ids": position_ids}, batch_size)["position_ids"]
+    assert doubled.shape == (3, 2 * batch_size, 4)
+    assert all(torch.equal(half, position_ids) for half in doubled.chunk(2, dim=1))
+
+
+def test_what_all_rows_share_stays() -> None:
+    values = {
+        "position_ids": torch.arange(4)[None],
+        "attention_mask": torch.ones(1, 1, 4, 4),
+        "cache_position": torch.arange(2),
+        "scalar": torch.tensor(3.0),
+    }
+    assert all(double_batch(values, 2)[name] is value for name, value in values.items())
+    assert double_batch({"attention_mask": torch.ones(1, 4)}, 1)["attention_mask"].shape == (2, 4)
+
+
+def test_offsets_of_packed_documents_go_on() -> None:
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    doubled = double_batch({"cu_seq_lens_q": offsets, "max_length_q": 4, "input_ids": torch.zeros(1, 7)}, 1)
+    assert doubled["cu_seq_lens_q"].tolist() == [0, 3, 7, 10, 14] and doubled["cu_seq_lens_q"].dtype == torch.int32
+    assert doubled["max_length_q"] == 4 and doubled["input_ids"].shape == (2, 7)
+
+
+def test_lists_of_images_are_repeated_whole() -> None:
+    values = {"pixel_values": torch.rand(20, 6), "image_grid_thw": torch.ones(3, 3), "input_ids": torch.zeros(2, 5)}
+    doubled = double_batch(values, 2)
+    assert torch.equal(doubled["pixel_values"], values["pixel_values"].repeat(2, 1))
+    assert doubled["image_grid_thw"].shape == (6, 3)
+
+
+def test_structures_are_repeated_inside() -> None:
+    states = torch.rand(2, 3, 4)
+    doubled = double_batch(
+        {"encoder_outputs": BaseModelOutput(states), "pair": (states,), "masks": {"full": states}, "text": ["a", "b"]},
+        2,
+    )
+    assert isinstance(doubled["encoder_outputs"], BaseModelOutput)
+    assert doubled["encoder_outputs"].last_hidden_state.shape == (4, 3, 4)
+    assert doubled["pair"][0].shape == (4, 3, 4) and doubled["masks"]["full"].shape == (4, 3, 4)
+    assert doubled["text"] == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        ("edge_index", torch.zeros(2, 7), r"shape \(2, 7\)"),
+        ("past_key_values", DynamicCache(), "a DynamicCache"),
+        ("boxes", [torch.zeros(4)], "a list"),
+    ],
+)
+def test_the_unknown_is_refused_by_name(name: str, value: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"the input `{name}`.*first dimension of 3, the batch size, got {got}"):
+        double_batch({name: value}, 3)
+
+
+def test_the_batch_size_is_that_of_the_main_input() -> None:
+    values = {"pixel_values": torch.zeros(7, 3), "input_ids": torch.zeros(2, 5)}
+    assert batch_size_of(values) == 2 and batch_size_of(values, "pixel_values") == 7
+    with pytest.raises(ValueError, match=r"Cannot tell the batch size.*got \['other'\]"):
+        batch_size_of({"other": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
+def test_a_doubled_batch_gives_every_output_twice(family: str) -> None:
+    model, batch = build(family, attn_implementation="sdpa"), inputs(family)
+    outputs = model(**batch, output_hidden_states=True)
+    doubled = model(**double_batch(batch, 4), output_hidden_states=True)
+    torch.testing.assert_close(doubled.loss, outputs.loss)
+    torch.testing.assert_close(doubled.logits, torch.cat((outputs.logits, outputs.logits)))
+    half = first_half(doubled, 4)
+    torch.testing.assert_close(half.logits, outputs.logits)
+    assert type(half) is type(outputs)
+
+
+def test_packed_documents_stay_apart_in_both_rows() -> None:
+    """Documents that only the position ids mark, as padding-free collators make them."""
+    model = build("llama", attn_implementation="sdpa")
+    input_ids = torch.randint(3, 60, (1, 9))
+    packed = {"input_ids": input_ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    second = model(input_ids[:, 4:]).logits
+    for row in model(**double_batch(packed, 1), use_cache=False).logits:
+        torch.testing.assert_close(row[4:], second[0])
+
+
+def test_packed_documents_that_flash_attention_would_mix_are_refused() -> None:
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    with pytest.raises(ValueError, match="documents would attend to each other.*return_flash_attn_kwargs"):
+        refuse_hidden_packing(packed, "flash_attention_2")
+    refuse_hidden_packing(packed, "attentiondrop")
+    refuse_hidden_packing({"position_ids": torch.arange(5)[None]}, "flash_attention_2")
+    refuse_hidden_packing({**packed, "cu_seq_lens_q": torch.tensor([0, 3, 5])}, "flash_attention_2")
