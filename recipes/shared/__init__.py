@@ -1,0 +1,1 @@
+"""What the recipes have in common: their arguments, their data, and the record that a run leaves behind."""

@@ -1,0 +1,147 @@
+"""Where a recipe's data comes from, and the checks that it is what the recipe needs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets.exceptions import DatasetsError
+
+from .arguments import check_path
+
+
+# The held-out samples and the subsets stay the same whatever --seed is, so that runs can be compared.
+SPLIT_SEED = 0
+
+
+@dataclass
+class DatasetArguments:
+    """Which data to train and evaluate on; each recipe adds its local files and its columns."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a folder that load_dataset can read."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on; by default validation, or where it is missing a held-out share."},
+    )
+    validation_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the training split to hold out where there is no validation split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many samples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many samples."})
+
+
+def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
+    """Loads the data set that `--dataset_name` names.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train`, and `validation` where there is such a split.
+
+    Raises:
+        ValueError: if there is no such data set, or no such split in it.
+    """
+    check_path("--dataset_name", arguments.dataset_name)
+    splits = _load(arguments.dataset_name, name=arguments.dataset_config_name)
+    names = {"train": arguments.train_split}
+    if arguments.validation_split or "validation" in splits:
+        names["validation"] = arguments.validation_split or "validation"
+    for key, name in names.items():
+        if name not in splits:
+            raise ValueError(
+                f"--{key}_split: {arguments.dataset_name} has no split {name!r}; it has {', '.join(splits)}."
+            )
+    return DatasetDict({key: splits[name] for key, name in names.items()})
+
+
+def load_local(builder: str, train: str, validation: str | None, **options: Any) -> DatasetDict:
+    """Loads local files.
+
+    Args:
+        builder (`str`): how to read them, such as `"imagefolder"`.
+        train (`str`): path or pattern of the files to train on.
+        validation (`str`, *optional*): path or pattern of the files to evaluate on.
+        options: further arguments of [`~datasets.load_dataset`].
+
+    Raises:
+        ValueError: if a split has nothing that can be read so.
+    """
+    files = {"train": train, "validation": validation} if validation else {"train": train}
+    return _load(builder, data_files=files, **options)
+
+
+def _load(path: str, **options: Any) -> DatasetDict:
+    try:
+        return load_dataset(path, **options)
+    except (ValueError, OSError, DatasetsError) as error:
+        asked = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        raise ValueError(f"load_dataset({path!r}{', ' + asked if asked else ''}) failed: {error}") from error
+
+
+def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
+    """Refuses a column that a split does not have.
+
+    Args:
+        data ([`~datasets.DatasetDict`]): the splits.
+        columns (`dict[str, str]`): flag that names a column, to the column.
+
+    Raises:
+        ValueError: naming the flag and the columns there are.
+    """
+    for split, dataset in data.items():
+        for flag, column in columns.items():
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"{flag}: the {split} data has no column {column!r}; its columns are "
+                    f"{', '.join(dataset.column_names)}."
+                )
+
+
+def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
+    """Makes the labels class numbers, the same in every split, and checks that each class can be learned.
+
+    Raises:
+        ValueError: if the labels are no classes, some are missing, or a split has a class that training has not.
+    """
+    feature = data["train"].features[column]
+    if not isinstance(feature, ClassLabel):
+        if not isinstance(feature, Value) or "float" in feature.dtype:
+            raise ValueError(f"expected class names or numbers as labels, the column {column!r} holds {feature}.")
+        # By name, because a number in the data need not be the number of its class.
+        data = data.cast_column(column, Value("string"))
+        names = sorted({name for dataset in data.values() for name in dataset.unique(column) if name is not None})
+        data = data.cast_column(column, ClassLabel(names=names))
+    labels = {split: set(dataset.unique(column)) for split, dataset in data.items()}
+    names = data["train"].features[column].names
+    for split, found in labels.items():
+        if found & {None, -1}:
+            raise ValueError(
+                f"the {split} data has samples without a label in {column!r}; remove them, or take another split."
+            )
+        unseen = sorted(names[label] for label in found - labels["train"])
+        if unseen:
+            raise ValueError(f"the {split} data has classes that the training data has not: {', '.join(unseen)}.")
+    if len(labels["train"]) < 2:
+        raise ValueError(f"expected at least two classes in {column!r}, the training data has {len(labels['train'])}.")
+    return data
+
+
+def hold_out(data: DatasetDict, arguments: DatasetArguments, stratify_by_column: str | None = None) -> DatasetDict:
+    """Completes the data: holds out a validation split where there is none, and takes the subsets asked for."""
+    if "validation" not in data:
+        parts = data["train"].train_test_split(
+            arguments.validation_fraction, seed=SPLIT_SEED, stratify_by_column=stratify_by_column
+        )
+        data = DatasetDict(train=parts["train"], validation=parts["test"])
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    return DatasetDict({split: _subset(data[split], limit) for split, limit in limits.items()})
+
+
+def _subset(dataset: Dataset, limit: int | None) -> Dataset:
+    if limit is None or limit >= len(dataset):
+        return dataset
+    # Files come sorted by class: the first ones alone would be of a single class.
+    return dataset.shuffle(seed=SPLIT_SEED).select(range(limit))

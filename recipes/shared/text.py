@@ -1,0 +1,92 @@
+"""What the recipes on text have in common: local files as data, and checks of a column of text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Value
+
+from .arguments import check_path
+from .data import DatasetArguments, load_from_hub, load_local
+
+
+# How datasets reads a file, by its ending.
+FILE_BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+@dataclass
+class FileArguments(DatasetArguments):
+    """Local files as an alternative to a data set on the Hub."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "File to train on: csv, tsv, json, jsonl, parquet or txt."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "File to evaluate on; without it a share of --train_file is held out."}
+    )
+
+
+def load_data_asked_for(arguments: FileArguments, built_in: Callable[[], Dataset]) -> DatasetDict:
+    """Loads the data set of `--dataset_name`, the files of `--train_file` and `--validation_file`, or else the data
+    that needs no download.
+
+    Args:
+        arguments ([`FileArguments`]): what was asked for.
+        built_in (`Callable`): gives the data where nothing was asked for.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train`, and `validation` where there is such data.
+
+    Raises:
+        ValueError: if the arguments contradict each other, or what they name cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    if arguments.dataset_name and arguments.train_file:
+        raise ValueError("--dataset_name and --train_file both name the data to train on: give one of them.")
+    if arguments.validation_file and not arguments.train_file:
+        raise ValueError("--validation_file is for evaluating what is trained on --train_file, which is missing.")
+    if arguments.dataset_name:
+        return load_from_hub(arguments)
+    if arguments.train_file:
+        return load_files(arguments.train_file, arguments.validation_file)
+    return DatasetDict(train=built_in())
+
+
+def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
+    """Reads a file per split, all of one kind. In a txt file, empty lines stand between the texts."""
+    for flag, path in (("--train_file", train_file), ("--validation_file", validation_file)):
+        check_path(flag, path, is_local=True)
+        if path is not None and Path(path).suffix not in FILE_BUILDERS:
+            raise ValueError(f"{flag}: expected a file that ends in {', '.join(FILE_BUILDERS)}, got {path}.")
+    suffix = Path(train_file).suffix
+    if validation_file and Path(validation_file).suffix != suffix:
+        raise ValueError(f"--validation_file: expected a {suffix} file, as --train_file is, got {validation_file}.")
+    options = {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}.get(suffix, {})
+    return load_local(FILE_BUILDERS[suffix], train_file, validation_file, **options)
+
+
+def check_text(data: DatasetDict, flag: str, column: str) -> None:
+    """Refuses a column that holds something else than text, or rows without any.
+
+    Args:
+        data ([`~datasets.DatasetDict`]): the splits, which have the column.
+        flag (`str`): the flag that names the column.
+        column (`str`): the column.
+
+    Raises:
+        ValueError: naming the flag and what was found.
+    """
+    for split, dataset in data.items():
+        feature = dataset.features[column]
+        if not isinstance(feature, Value) or "string" not in feature.dtype:
+            raise ValueError(f"{flag}: expected text in {column!r}, the {split} data holds {feature} there.")
+        missing = sum(text is None for text in dataset[column])
+        if missing:
+            raise ValueError(f"{flag}: {missing} rows of the {split} data have no text in {column!r}; remove them.")

@@ -1,0 +1,104 @@
+"""Pairs of texts to translate: from a table with a column per language, or from two txt files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from datasets import Dataset, DatasetDict, concatenate_datasets
+
+from .arguments import check_path
+from .data import check_columns, hold_out, load_local
+from .text import FileArguments, check_text, load_data_asked_for
+
+
+# How the Hub's translation data sets, and Transformers' own examples, name a column that holds both languages.
+NESTED_COLUMN = "translation"
+
+
+@dataclass
+class TranslationDataArguments(FileArguments):
+    """A column per language, or two txt files in which line n is the same text."""
+
+    train_target_file: str | None = field(
+        default=None, metadata={"help": "Where --train_file is a txt file: another, with its lines translated."}
+    )
+    validation_target_file: str | None = field(
+        default=None, metadata={"help": "Where --validation_file is a txt file: another, with its lines translated."}
+    )
+    source_column: str = field(default="source", metadata={"help": "Column to translate from, such as en."})
+    target_column: str = field(default="target", metadata={"help": "Column to translate to, such as de."})
+
+
+def load_pairs(arguments: TranslationDataArguments, built_in: Callable[[str, str], Dataset]) -> DatasetDict:
+    """Loads the pairs asked for, and checks that both columns hold texts.
+
+    Args:
+        arguments ([`TranslationDataArguments`]): what was asked for.
+        built_in (`Callable`): gives the data where nothing was asked for, with columns of the two names.
+
+    Returns:
+        [`~datasets.DatasetDict`]: `train` and `validation`. What is held out has no source that is trained on.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the arguments contradict each other, or what they name holds no pairs of texts.
+    """
+    source, target = arguments.source_column, arguments.target_column
+    if arguments.train_target_file or arguments.validation_target_file:
+        data = _load_lines(arguments)
+    else:
+        data = _unnest(load_data_asked_for(arguments, lambda: built_in(source, target)))
+    columns = {"--source_column": source, "--target_column": target}
+    check_columns(data, columns)
+    for flag, column in columns.items():
+        check_text(data, flag, column)
+    if "validation" not in data:
+        data = DatasetDict(train=drop_repeated(data["train"], source))
+    return hold_out(data, arguments)
+
+
+def drop_repeated(dataset: Dataset, column: str) -> Dataset:
+    """Keeps the first row of each text, so that none is both held out and trained on."""
+    first: dict[str, int] = {}
+    for row, text in enumerate(dataset[column]):
+        first.setdefault(text, row)
+    return dataset.select(first.values())
+
+
+def _load_lines(arguments: TranslationDataArguments) -> DatasetDict:
+    if arguments.dataset_name:
+        raise ValueError("--dataset_name and --train_target_file both name data to train on: give one of them.")
+    files = {"train": (arguments.train_file, arguments.train_target_file)}
+    if arguments.validation_file or arguments.validation_target_file:
+        files["validation"] = (arguments.validation_file, arguments.validation_target_file)
+    return DatasetDict({split: _pair_lines(split, *pair, arguments) for split, pair in files.items()})
+
+
+def _pair_lines(
+    split: str, source_file: str | None, target_file: str | None, arguments: TranslationDataArguments
+) -> Dataset:
+    files = {f"--{split}_file": source_file, f"--{split}_target_file": target_file}
+    for flag, file in files.items():
+        if file is None:
+            raise ValueError(f"{' and '.join(files)} hold the two languages line by line: {flag} is missing.")
+        check_path(flag, file, is_local=True)
+    source, target = (load_local("text", file, None)["train"] for file in files.values())
+    if len(source) != len(target):
+        raise ValueError(
+            f"--{split}_target_file: line n must be the translation of line n, but {source_file} has {len(source)} "
+            f"lines and {target_file} has {len(target)}."
+        )
+    columns = (
+        source.rename_column("text", arguments.source_column),
+        target.rename_column("text", arguments.target_column),
+    )
+    return concatenate_datasets(list(columns), axis=1)
+
+
+def _unnest(data: DatasetDict) -> DatasetDict:
+    """Makes a column per language where one column holds `{"en": ..., "de": ...}`."""
+    if NESTED_COLUMN not in data["train"].column_names:
+        return data
+    data = data.flatten()
+    prefix = f"{NESTED_COLUMN}."
+    nested = [name for name in data["train"].column_names if name.startswith(prefix)]
+    return data.rename_columns({name: name.removeprefix(prefix) for name in nested})
