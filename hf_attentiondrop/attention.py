@@ -30,8 +30,9 @@ from .functional import (
 NAME = "attentiondrop"
 
 HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
-# Tensors that travel along in `**kwargs` after their work is done: positions are in the keys and the mask by now.
-BYSTANDERS = ("position_ids", "cache_position")
+# Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now, and
+# the rest is for the loss.
+BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_attentiondrop import AttentionDropConfig, report
@@ -160,6 +161,13 @@ def test_generation_in_training_mode_is_perturbed_with_a_cache(family: str, vari
         generated = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert generated.shape[0] == 4
     assert all(row.calls >= 1 for row in report(model).rows)
+
+
+def test_what_a_trainer_passes_for_the_loss_is_no_business_of_attention() -> None:
+    model, batch = build("llama", dropout=False).train(), inputs("llama")
+    count = torch.tensor(4 * 9)
+    for_the_loss = {"num_items_in_batch": count, "shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+    torch.testing.assert_close(forward(model, batch | for_the_loss).loss, forward(model, batch).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
