@@ -30,9 +30,11 @@ from .functional import (
 NAME = "attentiondrop"
 
 HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
-# Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now, and
-# the rest is for the loss.
+# Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now,
+# and the rest is for the loss.
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
+# Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def attention_drop_forward(
         ValueError: for a tensor argument that is not honoured, or a softcap under blur.
         RuntimeError: if the module never got its place in a model.
     """
-    _refuse_unknown_arguments(module, kwargs)
+    _refuse_unknown_arguments(module, attention_mask, kwargs)
     call = _Call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     drop = _perturbation(module) if module.training else None
     if drop is None:
@@ -256,15 +258,20 @@ def _count(module: nn.Module) -> None:
         module.attention_drop_site.calls.add_(1)
 
 
-def _refuse_unknown_arguments(module: nn.Module, extras: dict[str, Any]) -> None:
+def _refuse_unknown_arguments(module: nn.Module, mask: torch.Tensor | None, extras: dict[str, Any]) -> None:
     for name, value in extras.items():
         if name in HONOURED or name in BYSTANDERS:
             continue
+        if name in PACKING and (value is None or mask is not None or value.numel() <= 2):
+            continue
         if isinstance(value, torch.Tensor) or (name == "cache" and value is not None):
+            remedy = (
+                "Pass position_ids that start anew with each document: Transformers makes the mask from them."
+                if name in PACKING
+                else 'Load this model with attn_implementation="sdpa" or "eager", or drop the argument if you passed it.'
+            )
             raise ValueError(
-                f"{type(module).__name__} passes `{name}` to its attention, which {NAME!r} does not honour: "
-                f"ignoring it would give wrong outputs. Arguments that are honoured: {', '.join(HONOURED)}, "
-                "is_causal, output_attentions. Load "
-                'this model with attn_implementation="sdpa" or "eager", or drop the argument if you passed it '
-                "yourself."
+                f"{type(module).__name__} passes `{name}` to its attention, which {NAME!r} does not honour: ignoring "
+                f"it would give wrong outputs. Arguments that are honoured: {', '.join(HONOURED)}, is_causal, "
+                f"output_attentions. {remedy}"
             )

@@ -226,6 +226,19 @@ def test_an_argument_that_would_be_ignored_is_refused_by_name(name: str, trainin
         attention_drop_forward(module, *case.tensors(), None, **{name: torch.arange(3)})
 
 
+def test_packing_is_taken_from_the_mask_and_refused_without_one() -> None:
+    case = CASES_BY_NAME["packed"]
+    module, lengths = make_module(case, VARIANTS["hard_mask"]), {"cu_seq_lens_q": torch.tensor([0, 4, 6, 9])}
+    results = []
+    for extras in ({}, lengths):
+        torch.manual_seed(0)
+        results.append(attention_drop_forward(module, *case.tensors(), case.mask(), **extras)[0])
+    assert torch.equal(*results)
+    attention_drop_forward(module, *case.tensors(), None, cu_seq_lens_q=torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match="passes `cu_seq_lens_q`.*position_ids that start anew"):
+        attention_drop_forward(module, *case.tensors(), None, **lengths)
+
+
 def test_a_module_outside_of_a_model_is_refused_in_training() -> None:
     case = CASES_BY_NAME["none"]
     module = make_module(case, VARIANTS["hard_mask"])

@@ -1,0 +1,176 @@
+"""Memory and time of the consistency loss beside its plain form, forward and backward.
+
+    python benchmarks/consistency_loss.py
+    python benchmarks/consistency_loss.py --device cuda
+
+The logits of both passes are there before. What is measured is what the loss adds, with the gradient of the logits.
+Memory: each case runs in a fresh process, which reports how far its resident memory rose above what it held when the
+logits were in place (on a GPU: its allocated memory). Time: medians of runs that alternate between the two forms.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from hf_attentiondrop.losses import DIVERGENCES, consistency_loss
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def plain_loss(logits: Tensor, weights: Tensor, divergence: str) -> Tensor:
+    """The loss as it is commonly written."""
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    log_p, log_q = logits.float().log_softmax(-1).chunk(2)
+    if divergence == "kl":
+        items = kl(log_p, log_q)
+    elif divergence == "symmetric_kl":
+        items = 0.5 * (kl(log_p, log_q) + kl(log_q, log_p))
+    else:
+        log_m = (0.5 * (log_p.exp() + log_q.exp())).log()
+        items = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+    return (items * weights).sum() / weights.sum()
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {"lean": consistency_loss, "plain": plain_loss}
+
+
+def make_inputs(items: int, classes: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(2 * items, classes, dtype=getattr(torch, dtype), device=device, requires_grad=True)
+    return logits, torch.ones(items, device=device)
+
+
+def step(form: str, logits: Tensor, weights: Tensor, divergence: str) -> None:
+    FORMS[form](logits, weights, divergence).backward()
+
+
+def resident_megabytes(field: str) -> float:
+    """`VmRSS`, what this process holds now, or `VmHWM`, the most it ever held. (The maximum of getrusage counts the
+    process that started this one as well.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark measures processor memory on Linux only.")
+
+
+def peak_megabytes(form: str, items: int, classes: int, dtype: str, divergence: str, device: str) -> float:
+    """Extra peak memory of one step, in 10⁶ bytes."""
+    step(form, *make_inputs(2, 100, dtype, device), divergence)  # loads what is loaded on first use
+    logits, weights = make_inputs(items, classes, dtype, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(form, logits, weights, divergence)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before = resident_megabytes("VmRSS")
+    step(form, logits, weights, divergence)
+    return resident_megabytes("VmHWM") - before
+
+
+def median_milliseconds(
+    items: int, classes: int, dtype: str, divergence: str, device: str, repeats: int
+) -> dict[str, float]:
+    """Median time of a step of each form."""
+    logits, weights = make_inputs(items, classes, dtype, device)
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for _ in range(repeats + 1):
+        for form in FORMS:
+            logits.grad = None
+            start = time.perf_counter()
+            step(form, logits, weights, divergence)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[form].append(1e3 * (time.perf_counter() - start))
+    return {form: statistics.median(values[1:]) for form, values in times.items()}
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def write_table(results: dict, folder: Path) -> None:
+    setup = results["setup"]
+    lines = [
+        f"# Consistency loss: logits [2·{setup['items']}, {setup['classes']}], forward and backward",
+        "",
+        f"`{setup['command']}` on {setup['hardware']}, torch {setup['torch']}, {setup['threads']} thread(s). "
+        "Extra peak memory in MB (10⁶ bytes), gradient of the logits included; median time in ms of "
+        f"{setup['repeats']} alternating runs.",
+        "",
+        "| divergence | logits | lean MB | plain MB | lean ms | plain ms |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for case in results["cases"]:
+        lean, plain = case["lean"], case["plain"]
+        lines.append(
+            f"| {case['divergence']} | {case['dtype']} | {lean['peak_mb']:.0f} | {plain['peak_mb']:.0f} "
+            f"| {lean['median_ms']:.0f} | {plain['median_ms']:.0f} |"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "consistency_loss" if setup["device"] == "cpu" else f"consistency_loss_{setup['device']}"
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=512, help="items of one pass")
+    parser.add_argument("--classes", type=int, default=32000)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--divergences", nargs="+", default=tuple(DIVERGENCES), choices=tuple(DIVERGENCES))
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sizes = (arguments.items, arguments.classes)
+    cases = [
+        {"divergence": divergence, "dtype": dtype}
+        for dtype in arguments.dtypes
+        for divergence in arguments.divergences
+    ]
+    # All memory first: a process that has done large work before would lend its free memory to its children. Forked
+    # ones need not import everything again, but CUDA does not survive a fork.
+    context = multiprocessing.get_context("fork" if arguments.device == "cpu" else "spawn")
+    for case in cases:
+        for form in FORMS:
+            with context.Pool(1) as pool:
+                peak = pool.apply(peak_megabytes, (form, *sizes, case["dtype"], case["divergence"], arguments.device))
+            case[form] = {"peak_mb": peak}
+    for case in cases:
+        settings = (case["dtype"], case["divergence"], arguments.device, arguments.repeats)
+        for form, median in median_milliseconds(*sizes, *settings).items():
+            case[form]["median_ms"] = median
+        print(case, flush=True)
+    options = {name: getattr(arguments, name) for name in ("items", "classes", "repeats", "device", "threads")}
+    setup = {
+        "command": " ".join(
+            ["python benchmarks/consistency_loss.py", *(f"--{name} {value}" for name, value in options.items())]
+        ),
+        "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **options,
+    }
+    write_table({"setup": setup, "cases": cases}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
