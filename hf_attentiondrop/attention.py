@@ -268,7 +268,7 @@ def _refuse_unknown_arguments(module: nn.Module, mask: torch.Tensor | None, extr
             remedy = (
                 "Pass position_ids that start anew with each document: Transformers makes the mask from them."
                 if name in PACKING
-                else 'Load this model with attn_implementation="sdpa" or "eager", or drop the argument if you passed it.'
+                else 'Load this model with attn_implementation="sdpa" or "eager", or drop an argument of your own.'
             )
             raise ValueError(
                 f"{type(module).__name__} passes `{name}` to its attention, which {NAME!r} does not honour: ignoring "
