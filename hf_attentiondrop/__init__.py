@@ -1,4 +1,7 @@
-"""AttentionDrop for Hugging Face Transformers; importing it registers `attn_implementation="attentiondrop"`."""
+"""AttentionDrop and learned reweighting of attention for Hugging Face Transformers, as attention implementations.
+
+Importing the package registers `"attentiondrop"`, `"affine_scaled"`, `"attention_sink"` and `"gated_attention"`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,11 @@ require_minimum_versions()
 from .configuration import AttentionDropConfig  # noqa: E402
 from .registration import configure, register  # noqa: E402
 from .report import Report, report  # noqa: E402
+from .reweighting_configuration import (  # noqa: E402
+    AffineScaledConfig,
+    AttentionSinkConfig,
+    GatedAttentionConfig,
+)
 
 
 if TYPE_CHECKING:
@@ -36,13 +44,16 @@ _LAZY = {
 }
 
 __all__ = [
+    "AffineScaledConfig",
     "AttentionDropConfig",
     "AttentionDropSeq2SeqTrainer",
     "AttentionDropSeq2SeqTrainingArguments",
     "AttentionDropTrainer",
     "AttentionDropTrainingArguments",
+    "AttentionSinkConfig",
     "ConsistencyArguments",
     "ConsistencyTrainerMixin",
+    "GatedAttentionConfig",
     "Report",
     "__version__",
     "configure",

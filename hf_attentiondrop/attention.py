@@ -6,25 +6,17 @@ mask can express, computes its own softmax.
 """
 
 import copy
-import sys
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .base import AttentionCall, attend_if_any_key, base_attention, is_recomputing
 from .configuration import AttentionDropConfig
-from .functional import (
-    attention_scores,
-    blur_keys,
-    draw_hits,
-    expand_heads,
-    mask_top_scores,
-    visible_keys,
-    visible_neighbours,
-)
+from .functional import blur_keys, draw_hits, expand_heads, mask_top_scores, visible_neighbours
 
 
 NAME = "attentiondrop"
@@ -35,54 +27,6 @@ HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
 # Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one attention call."""
-
-    module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    dropout: float
-    scaling: float | None
-    is_causal: bool | None
-    extras: dict[str, Any]
-
-    @property
-    def causal(self) -> bool:
-        """Whether a missing mask means causal, decided as SDPA decides it."""
-        return getattr(self.module, "is_causal", True) if self.is_causal is None else self.is_causal
-
-    @property
-    def lengths(self) -> dict[str, Any]:
-        return {
-            "query_length": self.query.shape[-2],
-            "key_length": self.key.shape[-2],
-            "device": self.query.device,
-        }
-
-    @property
-    def visible(self) -> torch.Tensor | None:
-        return visible_keys(self.mask, is_causal=self.causal, **self.lengths)
-
-    @property
-    def wants_eager(self) -> bool:
-        """Whether the base attention is the model file's own: SDPA has no softcap, no sinks and no weights to show."""
-        return bool(self.extras.get("output_attentions")) or any(
-            self.extras.get(name) is not None for name in ("softcap", "s_aux", "sinks")
-        )
-
-    def scores(self) -> torch.Tensor:
-        """Final scores, `(B, H, Q, K)`."""
-        bias = self.extras.get("position_bias")
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            bias = self.mask if bias is None else bias + self.mask
-        return attention_scores(
-            self.query, self.key, scaling=self.scaling, softcap=self.extras.get("softcap"), bias=bias
-        )
 
 
 def attention_drop_forward(
@@ -118,15 +62,61 @@ def attention_drop_forward(
         RuntimeError: if the module never got its place in a model.
     """
     _refuse_unknown_arguments(module, attention_mask, kwargs)
-    call = _Call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
-    drop = _perturbation(module) if module.training else None
+    call = AttentionCall(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    return _attend(call, _perturbation(module, by_default=True))
+
+
+def reweighted_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    reweighting_states: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention under what the module's `reweighting` has learned, in training and in evaluation.
+
+    Args:
+        reweighting_states: `(B, Q, hidden_size)`, the hidden states that entered the module; a hook hands them over.
+        others: as in [`attention_drop_forward`]. Attention is perturbed in training if the config has an
+            `attention_drop` entry, and the base attention otherwise, before it is reweighted.
+
+    Returns:
+        As [`attention_drop_forward`]; the weights are the reweighted ones.
+
+    Raises:
+        ValueError: as [`attention_drop_forward`], and for hidden states that do not fit the queries.
+        RuntimeError: if nothing was attached to the module, or no hidden states arrived.
+    """
+    _refuse_unknown_arguments(module, attention_mask, kwargs)
+    call = AttentionCall(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    if not hasattr(module, "reweighting"):
+        raise RuntimeError(
+            f"{type(module).__name__} runs {module.config._attn_implementation!r} without learned weights: it would "
+            "be plain attention under another name. Build the whole model with it, or call "
+            "model.set_attn_implementation instead of changing the config."
+        )
+    attend = functools.partial(_attend, drop=_perturbation(module, by_default=False))
+    if module.reweighting is None:
+        return attend(call)
+    _refuse_misplaced_states(call, reweighting_states)
+    return module.reweighting(reweighting_states, call, attend)
+
+
+def _attend(call: AttentionCall, drop: AttentionDropConfig | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The base attention, perturbed or not."""
     if drop is None:
-        return _base_attention(call)
-    _count(module)
+        return base_attention(call)
+    if not is_recomputing():
+        call.module.attention_drop_site.calls.add_(1)
     return _PERTURBED_ATTENTIONS[drop.variant](call, drop)
 
 
-def _hard_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if drop.fill == "zero":
         return _zero_filled_attention(call, drop)
     visible = call.visible
@@ -136,10 +126,10 @@ def _hard_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torch.Tenso
         kept &= visible
     is_additive = call.mask is not None and call.mask.dtype != torch.bool
     mask = call.mask.masked_fill(~kept, -torch.inf) if is_additive else kept
-    return _attend_if_any_key(replace(call, mask=mask))
+    return attend_if_any_key(replace(call, mask=mask))
 
 
-def _blurred_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if call.extras.get("softcap") is not None:
         raise ValueError(
             f"AttentionDrop's blur cannot act on {type(call.module).__name__}, which caps its scores (softcap="
@@ -158,29 +148,28 @@ def _blurred_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torch.Te
     sigma = drop.sigma_max * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
     key = blur_keys(call.key, sigma, neighbours)
     if key.shape[1] == call.key.shape[1]:
-        return _attend_if_any_key(replace(call, key=key))
+        return attend_if_any_key(replace(call, key=key))
     # One mask per query head took one key per query head: the base attention must not repeat them once more.
     ungrouped = copy.copy(call.module)
     ungrouped.num_key_value_groups = 1
     value = expand_heads(call.value, key.shape[1])
-    return _attend_if_any_key(replace(call, module=ungrouped, key=key, value=value))
+    return attend_if_any_key(replace(call, module=ungrouped, key=key, value=value))
 
 
 _PERTURBED_ATTENTIONS = {"hard": _hard_attention, "blur": _blurred_attention}
 
 
-def _zero_filled_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _zero_filled_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hard with hit scores at 0: they stay in the softmax, as constants, which takes a softmax of our own."""
     visible = call.visible
     scores = mask_top_scores(call.scores(), visible, p=drop.p, k=drop.k, fill="zero")
     blind = None if visible is None else ~visible.any(dim=-1, keepdim=True)
     if blind is not None:
         scores = scores.masked_fill(blind, 0.0)
-    sinks = call.extras.get("sinks")
-    if call.extras.get("s_aux") is not None:
-        sinks = call.extras["s_aux"].view(1, -1, 1, 1)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    per_head = [sink.view(1, -1, 1, 1) for sink in (call.extras.get("s_aux"), call.sink) if sink is not None]
+    for sinks in (call.extras.get("sinks"), *per_head):
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(dim=-1)[..., : call.key.shape[-2]]
     weights = F.dropout(weights, p=call.dropout, training=call.module.training).to(call.value.dtype)
     if blind is not None:
@@ -189,73 +178,19 @@ def _zero_filled_attention(call: _Call, drop: AttentionDropConfig) -> tuple[torc
     return output, weights if call.extras.get("output_attentions") else None
 
 
-def _attend_if_any_key(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The base attention, with zeros for queries that see no key, forward and backward."""
-    if call.mask is None:
-        return _base_attention(call)
-    if call.mask.dtype == torch.bool and not call.wants_eager and call.extras.get("position_bias") is None:
-        return _base_attention(call)  # SDPA gives zeros where a boolean mask hides every key.
-    blind = ~call.visible.any(dim=-1, keepdim=True)  # (B|1, H|1, Q|1, 1)
-    # Anything finite will do for these rows: what becomes of them is thrown away.
-    output, weights = _base_attention(replace(call, mask=call.mask.masked_fill(blind, call.mask.dtype == torch.bool)))
-    output = output.masked_fill(blind.transpose(1, 2), 0.0)
-    return output, None if weights is None else weights.masked_fill(blind, 0.0)
-
-
-def _base_attention(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What stock Transformers would run: SDPA, or the model file's own eager function."""
-    attend, mask = sdpa_attention_forward, call.mask
-    if call.wants_eager:
-        attend, mask = _eager_attention(call.module), _additive(call)
-    return attend(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        mask,
-        dropout=call.dropout,
-        scaling=call.scaling,
-        is_causal=call.is_causal,
-        **call.extras,
-    )
-
-
-def _eager_attention(module: nn.Module) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise ValueError(
-            f"{type(module).__name__} was asked for attention weights, a softcap or sinks, which SDPA does not "
-            f"give, and its model file {type(module).__module__} has no eager_attention_forward to give them. "
-            "Call the model without "
-            'output_attentions=True, or switch it to attn_implementation="eager".'
-        )
-    return eager
-
-
-def _additive(call: _Call) -> torch.Tensor | None:
-    """The mask as eager functions expect it, added to the scores."""
-    visible = call.visible
-    if visible is None or (call.mask is not None and call.mask.dtype != torch.bool):
-        return call.mask
-    hidden = torch.finfo(call.query.dtype).min
-    return torch.zeros(visible.shape, dtype=call.query.dtype, device=visible.device).masked_fill(~visible, hidden)
-
-
-def _perturbation(module: nn.Module) -> AttentionDropConfig | None:
+def _perturbation(module: nn.Module, *, by_default: bool) -> AttentionDropConfig | None:
+    """What AttentionDrop does to the module now; where its config has no entry, the defaults or nothing."""
+    if not module.training:
+        return None
     site = getattr(module, "attention_drop_site", None)
     if site is None:
+        name = module.config._attn_implementation or NAME
         raise RuntimeError(
-            f"{type(module).__name__} runs {NAME!r} in training without belonging to a model that was built with "
+            f"{type(module).__name__} runs {name!r} in training without belonging to a model that was built with "
             "it, so its layer and kind are unknown. Build the whole model with "
-            f'attn_implementation="{NAME}", or call model.set_attn_implementation("{NAME}") after adding modules.'
+            f'attn_implementation="{name}", or call model.set_attn_implementation("{name}") after adding modules.'
         )
-    return site.perturbation
-
-
-def _count(module: nn.Module) -> None:
-    # Inside the backward pass a forward is activation checkpointing's recomputation, which was counted before.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        module.attention_drop_site.calls.add_(1)
+    return site.perturbation if by_default or site.is_configured else None
 
 
 def _refuse_unknown_arguments(module: nn.Module, mask: torch.Tensor | None, extras: dict[str, Any]) -> None:
@@ -271,7 +206,23 @@ def _refuse_unknown_arguments(module: nn.Module, mask: torch.Tensor | None, extr
                 else 'Load this model with attn_implementation="sdpa" or "eager", or drop an argument of your own.'
             )
             raise ValueError(
-                f"{type(module).__name__} passes `{name}` to its attention, which {NAME!r} does not honour: ignoring "
-                f"it would give wrong outputs. Arguments that are honoured: {', '.join(HONOURED)}, is_causal, "
-                f"output_attentions. {remedy}"
+                f"{type(module).__name__} passes `{name}` to its attention, which hf_attentiondrop does not honour: "
+                f"ignoring it would give wrong outputs. Arguments that are honoured: {', '.join(HONOURED)}, "
+                f"is_causal, output_attentions. {remedy}"
             )
+
+
+def _refuse_misplaced_states(call: AttentionCall, states: torch.Tensor | None) -> None:
+    name = type(call.module).__name__
+    if states is None:
+        raise RuntimeError(
+            f"{name} did not pass the hidden states on to its attention function, so nothing learned could act. Its "
+            "forward must hand its keyword arguments over; load the model with another attn_implementation."
+        )
+    batch_size, _, queries, _ = call.query.shape
+    if states.shape[:2] != (batch_size, queries):
+        raise ValueError(
+            f"{name} received hidden states of shape {tuple(states.shape)} and made queries of shape "
+            f"{tuple(call.query.shape)} from them: expected ({batch_size}, {queries}, hidden_size), one state for "
+            "each query. The learned weights cannot act on this model; load it with another attn_implementation."
+        )

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -16,8 +16,63 @@ VARIANTS = ("hard", "blur")
 ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
 
 
+class Configuration:
+    """What all configurations share: checked values, tuples instead of lists, and the way to plain dicts and back."""
+
+    key: ClassVar[str]
+    """The entry of config.json that holds it."""
+
+    def _require(self, name: str, is_valid: Callable[[Any], bool], expected: str, why: str) -> None:
+        value = getattr(self, name)
+        if not is_valid(value):
+            raise ValueError(f"{type(self).__name__}: `{name}` must be {expected}, got {value!r}. {why}")
+
+    def _require_layers(self) -> None:
+        self._require(
+            "layers",
+            lambda layers: layers is None or is_filled_tuple(layers, is_integer),
+            "None or a non-empty list of integers",
+            "It numbers the layers to act on within each stack, negative from the end; None is all of them.",
+        )
+
+    def _tuples(self, *names: str) -> None:
+        # Lists are what JSON, YAML and command lines give; tuples keep the configuration immutable and comparable.
+        for name in names:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types, as config.json holds it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: "Mapping[str, Any] | Configuration") -> "Configuration":
+        """Builds the configuration from a mapping, refusing unknown keys.
+
+        Raises:
+            ValueError: for a key that is no field, naming the nearest field.
+            TypeError: if `values` is no mapping.
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"`{cls.key}` must be an {cls.__name__} or a dict of its fields, got {values!r}: "
+                f"for example {cls.key}={cls.__name__}()."
+            )
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"Unknown key {key!r} in `{cls.key}`: it would have no effect. Did you mean {nearest!r}? "
+                    f"The keys are {', '.join(names)}."
+                )
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class AttentionDropConfig:
+class AttentionDropConfig(Configuration):
     """What AttentionDrop (arXiv 2504.12088) does to the attention of a model in training mode.
 
     Args:
@@ -51,6 +106,8 @@ class AttentionDropConfig:
     attentions=('encoder_self', 'decoder_self'))
     """  # noqa: E501
 
+    key = CONFIG_KEY
+
     variant: str = "hard"
     p: float = 0.1
     k: int = 5
@@ -61,51 +118,37 @@ class AttentionDropConfig:
     attentions: tuple[str, ...] = ("encoder_self", "decoder_self")
 
     def __post_init__(self) -> None:
-        # Lists are what JSON, YAML and command lines give; tuples keep the configuration immutable and comparable.
-        for name in ("layers", "attentions"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        _require("variant", self.variant, self.variant in VARIANTS, f"one of {VARIANTS}", "It names the perturbation.")
-        _require(
+        self._tuples("layers", "attentions")
+        self._require("variant", VARIANTS.__contains__, f"one of {VARIANTS}", "It names the perturbation.")
+        self._require(
             "p",
-            self.p,
-            _is_number(self.p) and 0 <= self.p <= 1,
+            lambda p: is_number(p) and 0 <= p <= 1,
             "a probability in [0, 1]",
             "It is the chance that a score is hit; 0.1 is the paper's, above 0.5 it costs accuracy.",
         )
-        _require(
+        self._require(
             "k",
-            self.k,
-            _is_integer(self.k) and self.k >= 1,
+            lambda k: is_integer(k) and k >= 1,
             "an integer >= 1",
             "It is the number of highest scores that can be hit in a row; 5 is the paper's.",
         )
-        _require("fill", self.fill, self.fill in FILLS, f"one of {FILLS}", "It decides what a hit score becomes.")
-        _require(
+        self._require("fill", FILLS.__contains__, f"one of {FILLS}", "It decides what a hit score becomes.")
+        self._require(
             "sigma_max",
-            self.sigma_max,
-            _is_number(self.sigma_max) and 0 <= self.sigma_max < math.inf,
+            lambda sigma_max: is_number(sigma_max) and 0 <= sigma_max < math.inf,
             "a finite number >= 0",
             "It is the largest standard deviation of the blur in tokens; 1.0 is the paper's.",
         )
-        _require(
+        self._require(
             "width",
-            self.width,
-            _is_integer(self.width) and self.width >= 1 and self.width % 2 == 1,
+            lambda width: is_integer(width) and width >= 1 and width % 2 == 1,
             "an odd integer >= 1",
             "The blur window needs a centre; 5 is the paper's, above 9 it costs accuracy.",
         )
-        _require(
-            "layers",
-            self.layers,
-            self.layers is None or _is_filled_tuple(self.layers, _is_integer),
-            "None or a non-empty list of integers",
-            "It numbers the layers to act on within each stack, negative from the end; None is all of them.",
-        )
-        _require(
+        self._require_layers()
+        self._require(
             "attentions",
-            self.attentions,
-            _is_filled_tuple(self.attentions, ATTENTION_KINDS.__contains__),
+            lambda attentions: is_filled_tuple(attentions, ATTENTION_KINDS.__contains__),
             f"a non-empty list from {ATTENTION_KINDS}",
             "It selects the kinds of attention to act on.",
         )
@@ -125,66 +168,59 @@ class AttentionDropConfig:
         names = ("p", "k", "fill") if self.variant == "hard" else ("sigma_max", "width")
         return " ".join([self.variant, *(f"{name}={getattr(self, name)}" for name in names)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON types, as config.json holds it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, values: "Mapping[str, Any] | AttentionDropConfig") -> "AttentionDropConfig":
-        """Builds the configuration from a mapping, refusing unknown keys.
-
-        Raises:
-            ValueError: for a key that is no field, naming the nearest field.
-            TypeError: if `values` is no mapping.
-
-        Example:
-
-        >>> AttentionDropConfig.from_dict({"p": 0.2}).p
-        0.2
-        """
-        if isinstance(values, cls):
-            return values
-        if not isinstance(values, Mapping):
-            raise TypeError(
-                f"`{CONFIG_KEY}` must be an AttentionDropConfig or a dict of its fields, got {values!r}: "
-                "for example attention_drop=AttentionDropConfig(p=0.1)."
-            )
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"Unknown key {key!r} in `{CONFIG_KEY}`: it would have no effect. Did you mean {nearest!r}? "
-                    f"The keys are {', '.join(names)}."
-                )
-        return cls(**values)
-
-
-class _ConfigEntry:
-    """Makes `attention_drop` a first-class entry of every Transformers config.
+class ConfigEntry:
+    """Makes a configuration a first-class entry of every Transformers config.
 
     The value lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and
-    stock Transformers carries it along unread. Being a data descriptor it also makes `from_pretrained(...,
-    attention_drop=...)` reach the config. Reading it gives an [`AttentionDropConfig`], or `None` where nothing was
-    set.
+    stock Transformers carries it along unread. Being a data descriptor it also makes `from_pretrained(..., key=...)`
+    reach the config. Reading it gives a [`Configuration`], or `None` where nothing was set.
+
+    Args:
+        key: the name of the entry.
+        parse: makes the configuration of an object or a dict.
     """
 
-    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> AttentionDropConfig | None:
-        value = None if config is None else config.__dict__.get(CONFIG_KEY)
-        return None if value is None else AttentionDropConfig.from_dict(value)
+    def __init__(self, key: str, parse: Callable[[Any], Configuration]) -> None:
+        self.key, self.parse = key, parse
 
-    def __set__(self, config: PreTrainedConfig, value: AttentionDropConfig | Mapping[str, Any] | None) -> None:
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Configuration | None:
+        value = None if config is None else config.__dict__.get(self.key)
+        return None if value is None else self.parse(value)
+
+    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
         if value is None:
-            config.__dict__.pop(CONFIG_KEY, None)
+            config.__dict__.pop(self.key, None)
         else:
-            config.__dict__[CONFIG_KEY] = AttentionDropConfig.from_dict(value).to_dict()
-        # Attention modules read the sub-config of their own model. While a config is being restored from its file the
-        # sub-configs bring their own values, which a saved difference between them must survive.
+            config.__dict__[self.key] = self.parse(value).to_dict()
+
+    def register(self) -> None:
+        """Adds the entry to [`~transformers.PreTrainedConfig`].
+
+        Raises:
+            RuntimeError: if something else already put an attribute of that name there.
+        """
+        existing = PreTrainedConfig.__dict__.get(self.key)
+        if existing is not None and not isinstance(existing, ConfigEntry):
+            raise RuntimeError(
+                f"`PreTrainedConfig.{self.key}` already exists ({existing!r}), put there by another package: two "
+                "owners of one key in config.json would overwrite each other. Import only one of them in this process."
+            )
+        setattr(PreTrainedConfig, self.key, self)
+
+
+class SharedConfigEntry(ConfigEntry):
+    """An entry that a composite config shares with its sub-configs, since a module reads the one of its own model."""
+
+    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
+        super().__set__(config, value)
+        # While a config is being restored from its file the sub-configs bring their own values, which a saved
+        # difference between them must survive.
         is_restoring = "_post_init_done" not in config.__dict__
         for name in config.sub_configs:
             sub_config = getattr(config, name, None)
-            if isinstance(sub_config, PreTrainedConfig) and not (is_restoring and sub_config.attention_drop):
-                sub_config.attention_drop = value
+            if isinstance(sub_config, PreTrainedConfig) and not (is_restoring and getattr(sub_config, self.key)):
+                setattr(sub_config, self.key, value)
 
 
 def register_config_entry() -> None:
@@ -193,27 +229,16 @@ def register_config_entry() -> None:
     Raises:
         RuntimeError: if something else already put an attribute of that name there.
     """
-    existing = PreTrainedConfig.__dict__.get(CONFIG_KEY)
-    if existing is not None and not isinstance(existing, _ConfigEntry):
-        raise RuntimeError(
-            f"`PreTrainedConfig.{CONFIG_KEY}` already exists ({existing!r}), put there by another package: two "
-            "owners of one key in config.json would overwrite each other. Import only one of them in this process."
-        )
-    setattr(PreTrainedConfig, CONFIG_KEY, _ConfigEntry())
+    SharedConfigEntry(CONFIG_KEY, AttentionDropConfig.from_dict).register()
 
 
-def _require(name: str, value: Any, is_valid: bool, expected: str, why: str) -> None:
-    if not is_valid:
-        raise ValueError(f"AttentionDropConfig: `{name}` must be {expected}, got {value!r}. {why}")
-
-
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_filled_tuple(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+def is_filled_tuple(value: Any, is_valid: Callable[[Any], bool]) -> bool:
     return isinstance(value, tuple) and len(value) > 0 and all(is_valid(item) for item in value)

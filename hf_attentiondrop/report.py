@@ -1,4 +1,4 @@
-"""A table of what AttentionDrop does to every attention module of a model."""
+"""A table of what happens to every attention module of a model: AttentionDrop in training, and learned reweighting."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ class ReportRow:
         implementation: the attention implementation it runs.
         applied: what happens to it in training, in words; empty for nothing.
         calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
+        reweighting: what learned weights are attached to it, in words; empty for none.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ReportRow:
     implementation: str
     applied: str
     calls: int
+    reweighting: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,18 @@ class Report:
         return tuple(row for row in self.rows if row.applied)
 
     def __str__(self) -> str:
-        header = ("module", "kind", "layer", "implementation", "in training", "calls")
-        table = [header] + [
-            (row.name, row.kind, str(row.layer), row.implementation, row.applied or "-", str(row.calls))
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        table = [("module", "kind", "layer", "implementation", "in training", "calls", "reweighting")]
+        for row in self.rows:
+            place = (row.name, row.kind, str(row.layer), row.implementation)
+            table.append((*place, row.applied or "-", str(row.calls), row.reweighting or "-"))
+        reweighted = sum(bool(row.reweighting) for row in self.rows)
+        if not reweighted:
+            table = [line[:-1] for line in table]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         lines.insert(1, "  ".join("-" * width for width in widths))
         summary = f"{self.model}: {len(self.active)} of {len(self.rows)} attention modules are perturbed in training"
+        summary += f", {reweighted} reweighted" if reweighted else ""
         return "\n".join([summary, *(line.rstrip() for line in lines)])
 
 
@@ -85,7 +90,18 @@ def report(model: Any) -> Report:
         if site is None:
             rows.append(ReportRow(name, "-", -1, implementation, "", 0))
             continue
-        drop = site.perturbation if implementation == NAME else None
-        applied = drop.summary if drop is not None else ""
-        rows.append(ReportRow(name, site.kind, site.layer, implementation, applied, int(site.calls)))
+        reweighting = getattr(module, "reweighting", None)
+        is_perturbed = implementation == NAME or (hasattr(module, "reweighting") and site.is_configured)
+        drop = site.perturbation if is_perturbed else None
+        rows.append(
+            ReportRow(
+                name,
+                site.kind,
+                site.layer,
+                implementation,
+                applied="" if drop is None else drop.summary,
+                calls=int(site.calls),
+                reweighting="" if reweighting is None else reweighting.summary,
+            )
+        )
     return Report(type(base).__name__, tuple(rows))

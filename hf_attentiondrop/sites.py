@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration import CONFIG_KEY, AttentionDropConfig
+from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
 
 
 # What model files call cross-attention, and the arguments that hand it the other sequence.
@@ -48,6 +48,11 @@ class AttentionSite:
     _drop: AttentionDropConfig | None = None
 
     @property
+    def is_configured(self) -> bool:
+        """Whether the config that governs the module has an entry of its own."""
+        return self.config.__dict__.get(CONFIG_KEY) is not None
+
+    @property
     def drop(self) -> AttentionDropConfig:
         """The configuration that governs the module, the defaults if none was set."""
         entry = self.config.__dict__.get(CONFIG_KEY)
@@ -61,11 +66,12 @@ class AttentionSite:
         """What happens to the module in training, or `None` for nothing."""
         return self.drop if self.drop.is_active and self.is_selected_by(self.drop) else None
 
-    def is_selected_by(self, drop: AttentionDropConfig) -> bool:
+    def is_selected_by(self, config: Configuration) -> bool:
         """Whether a configuration names this module's kind and layer."""
-        if self.kind not in drop.attentions:
+        if self.kind not in config.attentions:
             return False
-        return drop.layers is None or self.layer in drop.layers or self.layer - self.num_layers in drop.layers
+        layers = config.layers
+        return layers is None or self.layer in layers or self.layer - self.num_layers in layers
 
 
 @functools.cache
@@ -97,33 +103,36 @@ def place_sites(model: PreTrainedModel) -> None:
         module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], calls)
 
 
-def check_selection(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+def check_selection(
+    model: PreTrainedModel, key: str, selections: Iterable[tuple[AttentionSite, Configuration]]
+) -> None:
     """Refuses a configuration that names layers or attentions which the model does not have.
 
     Args:
-        model: the whole model, with its sites placed.
-        modules: those of its attention modules that run AttentionDrop.
+        model: the whole model.
+        key: the config entry that holds the configurations.
+        selections: the sites of a model that the entry governs, each with its configuration.
 
     Raises:
         ValueError: if a layer exists in no stack, or if nothing at all is selected.
     """
-    sites_by_drop = defaultdict(list)
-    for module in modules:
-        sites_by_drop[module.attention_drop_site.drop].append(module.attention_drop_site)
-    for drop, sites in sites_by_drop.items():
+    sites_by_config = defaultdict(list)
+    for site, config in selections:
+        sites_by_config[config].append(site)
+    for config, sites in sites_by_config.items():
         lengths = {site.stack: site.num_layers for site in sites}
-        for layer in drop.layers or ():
+        for layer in config.layers or ():
             if not any(-length <= layer < length for length in lengths.values()):
                 raise ValueError(
-                    f"`{CONFIG_KEY}` names layer {layer}, and {type(model).__name__} has no such layer: it would "
+                    f"`{key}` names layer {layer}, and {type(model).__name__} has no such layer: it would "
                     "have no effect. Layers count from 0 within each stack, or from the end if negative; the "
                     f"stacks are {lengths}."
                 )
-        if not any(site.is_selected_by(drop) for site in sites):
+        if not any(site.is_selected_by(config) for site in sites):
             kinds = sorted({site.kind for site in sites})
             raise ValueError(
-                f"`{CONFIG_KEY}` selects attentions={list(drop.attentions)} in layers={drop.layers}, and no "
-                f"attention of {type(model).__name__} matches: nothing would be perturbed. Its attentions are "
+                f"`{key}` selects attentions={list(config.attentions)} in layers={config.layers}, and no "
+                f"attention of {type(model).__name__} matches: nothing would happen. Its attentions are "
                 f"{kinds}, its stacks {lengths}."
             )
 

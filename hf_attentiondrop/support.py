@@ -25,8 +25,12 @@ _CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_im
 _PADDING_AS_BIAS = re.compile(r"\* -10000")
 
 
-def refuse_unsupported_class(model_class: type[PreTrainedModel]) -> None:
+def refuse_unsupported_class(model_class: type[PreTrainedModel], name: str) -> None:
     """Refuses a model class by its source, before any module or weight exists.
+
+    Args:
+        model_class: the class.
+        name: the attention implementation that was asked for.
 
     Raises:
         ValueError: naming the class, the reason and what does work.
@@ -34,6 +38,7 @@ def refuse_unsupported_class(model_class: type[PreTrainedModel]) -> None:
     if not model_class._can_set_attn_implementation():
         raise _refusal(
             model_class,
+            name,
             "does not dispatch its attention through Transformers' attention interface",
             "would be ignored, or masked wrongly, without a word",
         )
@@ -41,23 +46,26 @@ def refuse_unsupported_class(model_class: type[PreTrainedModel]) -> None:
     if _CLASSES_BY_IMPLEMENTATION.search(source):
         raise _refusal(
             model_class,
+            name,
             "picks an attention class by the name of the implementation, from a fixed list",
             "is a name that it does not know",
         )
     if _PADDING_AS_BIAS.search(source):
         raise _refusal(
             model_class,
+            name,
             "hides padding by a bias of -10000, which cannot be told from a position bias",
             "would perturb padding as if it were text",
         )
 
 
-def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Module], name: str) -> None:
     """Refuses a built model by its attention modules.
 
     Args:
         model: the whole model.
-        modules: those of its attention modules that are to run AttentionDrop.
+        modules: those of its attention modules that are to run one of our implementations.
+        name: the one that was asked for.
 
     Raises:
         ValueError: if there are none, or if a missing mask would mean that a decoder sees later tokens.
@@ -66,12 +74,14 @@ def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Modu
     if not modules:
         raise _refusal(
             type(model),
+            name,
             "has no attention that goes through Transformers' attention interface",
             "would have no effect on it",
         )
     if not model._supports_sdpa and any(map(_is_unmarked_decoder, modules)):
         raise _refusal(
             type(model),
+            name,
             "has a decoder that is not marked causal and relies on a mask that only eager attention is given",
             "would let it see later tokens",
         )
@@ -82,8 +92,8 @@ def _is_unmarked_decoder(module: nn.Module) -> bool:
     return is_decoder and getattr(module, "is_causal", None) is False
 
 
-def _refusal(model_class: type, reason: str, consequence: str) -> ValueError:
-    return ValueError(f"{model_class.__name__} {reason}, so attn_implementation={NAME!r} {consequence}. {_REMEDY}")
+def _refusal(model_class: type, name: str, reason: str, consequence: str) -> ValueError:
+    return ValueError(f"{model_class.__name__} {reason}, so attn_implementation={name!r} {consequence}. {_REMEDY}")
 
 
 @functools.cache

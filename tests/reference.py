@@ -65,3 +65,19 @@ def blurred_scores(scores: torch.Tensor, own_view: torch.Tensor, sigma: torch.Te
                     total = sum(window[t] for t in seen)
                     blurred[sample, head, :, j] = sum(window[t] / total * scores[sample, head, :, j + t] for t in seen)
     return blurred
+
+
+def affine_scales(states: torch.Tensor, weight: torch.Tensor, *, activation: str, init: str) -> torch.Tensor:
+    """`(B, H, Q, 1)` from states `(B, Q, hidden_size)` and weights `(H, hidden_size)`."""
+    logits = torch.einsum("bqx,hx->bhq", states, weight).unsqueeze(-1)
+    scale = torch.sigmoid(logits) if activation == "sigmoid" else torch.clamp(0.1 * logits + 0.5, 0, 1)
+    return scale if init == "paper" else 1 + scale - 0.5
+
+
+def affine_weights(
+    weights: torch.Tensor, visible: torch.Tensor, alpha: torch.Tensor, average: torch.Tensor, bias_length: str
+) -> torch.Tensor:
+    """`alpha * weights + beta` on visible keys, `visible` `(B, H, Q, K)` and `average` `(H,)`."""
+    length = visible.sum(dim=-1, keepdim=True).clamp_min(1) if bias_length == "visible" else weights.shape[-1]
+    beta = (average.to(weights.dtype).view(1, -1, 1, 1) - alpha) / length
+    return torch.where(visible, alpha * weights + beta, 0.0)

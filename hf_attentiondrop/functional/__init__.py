@@ -5,20 +5,34 @@ grouped-query attention), `Q` queries, `K` keys, `D` head dimension, `W` blur wi
 that broadcasts over batch or heads. A visibility mask is boolean and true where a query may see a key.
 """
 
+from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_scale, rescale_output, rescale_weights
 from .blur import blur_keys, gaussian_window
+from .gate import gate_output
 from .hard import FILLS, draw_hits, mask_top_scores
+from .mean import visible_mean
 from .scores import attention_scores, expand_heads
+from .sink import prepend_sink, show_sink
 from .visibility import visible_keys, visible_neighbours
 
 
 __all__ = [
+    "ACTIVATIONS",
+    "BIAS_LENGTHS",
     "FILLS",
+    "INITS",
+    "affine_scale",
     "attention_scores",
     "blur_keys",
     "draw_hits",
     "expand_heads",
+    "gate_output",
     "gaussian_window",
     "mask_top_scores",
+    "prepend_sink",
+    "rescale_output",
+    "rescale_weights",
+    "show_sink",
     "visible_keys",
+    "visible_mean",
     "visible_neighbours",
 ]
