@@ -77,7 +77,7 @@ class ImageDataArguments(DatasetArguments):
 class ImageTrainingArguments(RunArguments, TrainingArguments):
     output_dir: str = field(default="runs/image_classification", metadata={"help": "Folder for all that is written."})
     # The images become pixel values only in the batch, so their column is needed although no model takes it.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false here."})
+    remove_unused_columns: bool = field(default=False, init=False)
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:

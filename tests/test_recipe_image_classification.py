@@ -213,6 +213,7 @@ def test_bad_data_ends_in_one_line(
         ),
         (["--train_dir", train, "--image_column", "label"], "--image_column: expected images in 'label'"),
         (["--train_dir", train, "--dataset_name", train], "give one of them"),
+        (["--remove_unused_columns", "true"], "unknown argument --remove_unused_columns"),
         (["--validation_dir", train], "--train_dir, which is missing"),
         (["--dataset_name", "./nowhere"], "--dataset_name: expected an existing path"),
         (["--dataset_name", "nobody/nothing"], "nobody/nothing"),

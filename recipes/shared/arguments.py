@@ -134,10 +134,10 @@ class RecipeParser(HfArgumentParser):
             return (*self.parse_dict(self.values, allow_extra_keys=True), attention_drop)
 
     def error(self, message: str) -> None:
-        """Ends the process with exit code 2 and one line on stderr, from the main process only."""
-        is_main_process = os.environ.get("RANK", "0") == "0"
+        """Ends the process with exit code 2 and one line on stderr, of several on a machine from the first only."""
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line}\n" if is_main_process else None)
+        self.exit(2, f"{self.prog}: error: {line}\n" if is_first else None)
 
     @contextmanager
     def refusing_bad_input(self) -> Iterator[None]:

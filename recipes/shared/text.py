@@ -1,10 +1,12 @@
-"""What the recipes on text have in common: local files as data, and checks of a column of text."""
+"""What the recipes on text have in common: local files as data, checks of a column of text, and a tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Value
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from .arguments import check_path
 from .data import DatasetArguments, load_from_hub, load_local
@@ -19,6 +21,8 @@ FILE_BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+
+UNKNOWN, PADDING, START, SEPARATOR = "[UNK]", "[PAD]", "[CLS]", "[SEP]"
 
 
 @dataclass
@@ -90,3 +94,43 @@ def check_text(data: DatasetDict, flag: str, column: str) -> None:
         missing = sum(text is None for text in dataset[column])
         if missing:
             raise ValueError(f"{flag}: {missing} rows of the {split} data have no text in {column!r}; remove them.")
+
+
+def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer for a model of the BERT kind, which closes each text with `[SEP]` and begins with `[CLS]`.
+
+    It has byte-level BPE of lower-case words, and not WordPiece as BERT's own: the same texts have to give the same
+    vocabulary in every process and in every run, and training WordPiece depends on the order of a hash table.
+
+    Args:
+        texts (`Iterable[str]`): what to train on.
+        vocab_size (`int`): number of tokens, at least the 256 bytes and the special ones.
+        max_length (`int`): the most tokens that the model takes.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PADDING, UNKNOWN, START, SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {SEPARATOR}",
+        pair=f"{START} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, SEPARATOR)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PADDING,
+        unk_token=UNKNOWN,
+        cls_token=START,
+        sep_token=SEPARATOR,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )

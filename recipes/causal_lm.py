@@ -1,0 +1,283 @@
+"""Trains a language model with AttentionDrop and the consistency term.
+
+Without arguments, a small LLaMA from scratch on Python's documentation:
+
+    accelerate launch recipes/causal_lm.py
+
+LoRA on a pretrained model with your own texts (csv, tsv, json, jsonl, parquet, or txt with empty lines between them):
+
+    accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
+        --use_peft --learning_rate 2e-4 --train_file notes.txt --output_dir runs/notes
+
+All weights of a pretrained model, on a data set from the Hub:
+
+    accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
+        --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir runs/wikitext
+
+`--consistency_weight 0` trains with one pass, in half the time. `--help` lists every argument.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.checkpoints import accept_saved_weights
+from shared.data import check_columns, hold_out
+from shared.documentation import DOCUMENTATION, documentation_text
+from shared.output import check_output_dir, print_results, write_record
+from shared.text import FileArguments, check_text, load_data_asked_for
+from shared.training import train
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    GPT2Tokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_attentiondrop import AttentionDropConfig, AttentionDropTrainer, AttentionDropTrainingArguments
+
+
+NO_LABEL = -100
+
+
+@dataclass
+class LanguageModelArguments(ModelArguments):
+    vocab_size: int = field(default=2048, metadata={"help": "From scratch: size of the vocabulary."})
+    hidden_size: int = field(default=96, metadata={"help": "From scratch: width of the model."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "From scratch: number of layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
+    num_key_value_heads: int = field(default=2, metadata={"help": "From scratch: number of key and value heads."})
+
+
+@dataclass
+class LoraArguments:
+    _argument_group_name = "LoRA"
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters of the model instead of its weights."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, which is divided by the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what the adapters read."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt; by default those PEFT has for the model."}
+    )
+
+
+@dataclass
+class TextDataArguments(FileArguments):
+    text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a sample; texts are packed into such blocks."})
+
+
+@dataclass
+class LanguageModelTrainingArguments(RunArguments, AttentionDropTrainingArguments):
+    output_dir: str = field(default="runs/causal_lm", metadata={"help": "Folder for all that is written."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+
+
+def defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    if values["model_name_or_path"]:
+        return {"learning_rate": 2e-4} if values["use_peft"] else {}
+    return {
+        "block_size": 128,
+        "learning_rate": 4e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+        "num_train_epochs": 6.0,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 32,
+    }
+
+
+def load_data(arguments: TextDataArguments) -> DatasetDict:
+    """Loads the texts asked for, checks them, and makes sure that some are held out to evaluate on."""
+    data = load_data_asked_for(arguments, documentation_text)
+    check_columns(data, {"--text_column": arguments.text_column})
+    check_text(data, "--text_column", arguments.text_column)
+    return hold_out(data, arguments)
+
+
+def load_tokenizer(arguments: LanguageModelArguments, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, or one for the texts to train on."""
+    if not arguments.model_name_or_path:
+        return GPT2Tokenizer().train_new_from_iterator(texts, arguments.vocab_size, show_progress=False)
+    check_path("--model_name_or_path", arguments.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"--model_name_or_path: the tokenizer of {arguments.model_name_or_path} has no token for the end of a "
+            "text, so packed texts could not be told apart. Take a language model, or set its eos_token."
+        )
+    return tokenizer
+
+
+def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TextDataArguments) -> DatasetDict:
+    """Joins the texts, each closed by the end-of-text token, and cuts them into blocks of `block_size` tokens.
+
+    Attention and positions run on from text to text within a block. Every thousand texts leave a last, shorter block.
+    """
+
+    def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows[arguments.text_column], verbose=False)["input_ids"]
+        tokens = [token for text in encoded for token in (*text, tokenizer.eos_token_id)]
+        starts = range(0, len(tokens) - 1, arguments.block_size)  # a block of one token has nothing to predict
+        return {"input_ids": [tokens[start : start + arguments.block_size] for start in starts]}
+
+    return data.map(blocks, batched=True, remove_columns=data["train"].column_names, desc="Packing")
+
+
+def load_model(
+    arguments: LanguageModelArguments,
+    attention_drop: AttentionDropConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> PreTrainedModel:
+    """The model, with AttentionDrop where that is its attention."""
+    is_dropping = arguments.attn_implementation == "attentiondrop"
+    attention = {
+        "attn_implementation": arguments.attn_implementation,
+        "attention_drop": attention_drop if is_dropping else None,
+    }
+    if arguments.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **attention)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and block_size > longest:
+            raise ValueError(f"--block_size: the model takes {longest} tokens, got {block_size}.")
+        return model
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=block_size,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        num_attention_heads=arguments.num_attention_heads,
+        num_key_value_heads=arguments.num_key_value_heads,
+        intermediate_size=3 * arguments.hidden_size,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **attention,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
+    """Freezes the model and puts LoRA adapters beside its weights."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+    )
+    return get_peft_model(model, config)
+
+
+def collate(examples: list[dict[str, list[int]]], padding: int) -> dict[str, Tensor]:
+    """Makes a batch: `input_ids`, `attention_mask` and `labels`, each `(B, L)`; padding has no label."""
+    blocks = [torch.tensor(example["input_ids"]) for example in examples]
+    return {
+        "input_ids": pad_sequence(blocks, batch_first=True, padding_value=padding),
+        "attention_mask": pad_sequence([torch.ones_like(block) for block in blocks], batch_first=True),
+        "labels": pad_sequence(blocks, batch_first=True, padding_value=NO_LABEL),
+    }
+
+
+def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The loss of each token but the first, `(B, L - 1)`: all that is kept of the logits `(B, L, V)`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], ignore_index=NO_LABEL, reduction="none")
+
+
+def perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Exponential of the mean loss over all tokens that were predicted."""
+    is_predicted = prediction.label_ids[:, 1:] != NO_LABEL
+    return {"perplexity": float(np.exp(prediction.predictions[is_predicted].astype(np.float64).mean()))}
+
+
+def unigram_perplexity(packed: DatasetDict, vocab_size: int) -> float:
+    """The perplexity of the same tokens for a model that knows how frequent each token is, and no context.
+
+    Frequencies are those of the data to train on, with one more of each token, so that none is impossible."""
+    counts = np.bincount(np.concatenate(packed["train"]["input_ids"]), minlength=vocab_size) + 1
+    predicted = np.concatenate([block[1:] for block in packed["validation"]["input_ids"]])
+    return float(np.exp(-np.log(counts / counts.sum())[predicted].mean()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    types = (LanguageModelArguments, LoraArguments, TextDataArguments, LanguageModelTrainingArguments)
+    parser = RecipeParser(__doc__, types)
+    model_args, lora_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+
+    # Nothing is written before everything was found to be in order.
+    with parser.refusing_bad_input():
+        checkpoint = check_output_dir(training_args)
+        if lora_args.use_peft and not model_args.model_name_or_path:
+            raise ValueError(
+                "--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path."
+            )
+        set_seed(training_args.seed)
+        with training_args.main_process_first():
+            data = load_data(data_args)
+            tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
+            packed = pack(data, tokenizer, data_args)
+        model = load_model(model_args, attention_drop, tokenizer, data_args.block_size)
+        if lora_args.use_peft:
+            model = add_adapters(model, lora_args)
+        else:
+            accept_saved_weights(model)
+        trainer = AttentionDropTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=packed["train"],
+            eval_dataset=packed["validation"],
+            processing_class=tokenizer,
+            data_collator=partial(collate, padding=tokenizer.eos_token_id),
+            preprocess_logits_for_metrics=token_losses,
+            compute_metrics=perplexity,
+        )
+
+    baseline = unigram_perplexity(packed, len(tokenizer))
+    eval_tokens = sum(map(len, packed["validation"]["input_ids"])) - len(packed["validation"])
+    metrics: dict[str, Any] = {
+        "train_samples": len(packed["train"]),
+        "eval_samples": len(packed["validation"]),
+        "eval_tokens": eval_tokens,
+        "unigram_perplexity": baseline,
+    }
+    results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
+    if training_args.do_train:
+        train_metrics, train_results = train(trainer, checkpoint)
+        metrics |= train_metrics
+        results |= train_results
+    if training_args.do_eval:
+        metrics |= trainer.evaluate()
+        results["perplexity"] = f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {baseline:.2f})"
+        results["evaluated on"] = f"{eval_tokens} held-out tokens"
+
+    if trainer.is_world_process_zero():
+        write_record(parser, training_args.output_dir, metrics)
+        print_results("Language modelling", results, training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

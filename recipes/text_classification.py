@@ -1,0 +1,268 @@
+"""Trains a text classifier with AttentionDrop and the consistency term.
+
+Without arguments, a small BERT from scratch that tells which topic of Python's documentation a passage is from:
+
+    accelerate launch recipes/text_classification.py
+
+A pretrained model on your own texts, with a column of texts and one of classes (csv, tsv, json, jsonl or parquet):
+
+    accelerate launch recipes/text_classification.py --config recipes/configs/text_classification.yaml \\
+        --train_file reviews.csv --text_column review --label_column rating --output_dir runs/reviews
+
+Pairs of texts from the Hub, with a heavier consistency term:
+
+    accelerate launch recipes/text_classification.py --config recipes/configs/text_classification.yaml \\
+        --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column sentence1 --text_pair_column sentence2 \\
+        --consistency_weight 4 --output_dir runs/mrpc
+
+`--consistency_weight 0` trains with one pass, in half the time; `--attn_implementation sdpa` with the model's ordinary
+dropout alone, which makes the consistency term that of R-Drop. `--help` lists every argument.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict
+from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.checkpoints import accept_saved_weights
+from shared.data import check_columns, encode_classes, hold_out
+from shared.documentation import DOCUMENTATION, documentation_topics
+from shared.output import check_output_dir, print_results, write_record
+from shared.text import FileArguments, check_text, load_data_asked_for, train_encoder_tokenizer
+from shared.training import train
+from sklearn.metrics import f1_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_attentiondrop import AttentionDropConfig, AttentionDropTrainer, AttentionDropTrainingArguments
+
+
+CALIBRATION_BINS = 15
+
+
+@dataclass
+class TextModelArguments(ModelArguments):
+    vocab_size: int = field(default=2000, metadata={"help": "From scratch: size of the vocabulary."})
+    hidden_size: int = field(default=64, metadata={"help": "From scratch: width of the model."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "From scratch: number of layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
+
+
+@dataclass
+class TextDataArguments(FileArguments):
+    text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column that holds the second texts, where pairs are to be classified."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column that holds the classes."})
+    max_length: int = field(default=128, metadata={"help": "Tokens after which a text is cut off."})
+
+
+@dataclass
+class TextTrainingArguments(RunArguments, AttentionDropTrainingArguments):
+    output_dir: str = field(default="runs/text_classification", metadata={"help": "Folder for all that is written."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+
+
+def defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    if values["model_name_or_path"]:
+        return {}
+    return {
+        "max_length": 64,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.05,
+        "num_train_epochs": 15.0,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 128,
+    }
+
+
+def load_data(arguments: TextDataArguments) -> DatasetDict:
+    """Loads the texts asked for, checks them, and makes sure that some are held out to evaluate on."""
+    data = load_data_asked_for(arguments, documentation_topics)
+    columns = {"--text_column": arguments.text_column, "--text_pair_column": arguments.text_pair_column}
+    columns = {flag: column for flag, column in columns.items() if column}
+    check_columns(data, columns | {"--label_column": arguments.label_column})
+    for flag, column in columns.items():
+        check_text(data, flag, column)
+    data = encode_classes(data, arguments.label_column)
+    return hold_out(data, arguments, stratify_by_column=arguments.label_column)
+
+
+def load_tokenizer(
+    arguments: TextModelArguments, data_arguments: TextDataArguments, data: DatasetDict
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, or one for the texts to train on."""
+    if arguments.model_name_or_path:
+        check_path("--model_name_or_path", arguments.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    else:
+        columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
+        texts = [text for column in columns for text in data["train"][column]]
+        tokenizer = train_encoder_tokenizer(texts, arguments.vocab_size, data_arguments.max_length)
+    if data_arguments.max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"--max_length: the model takes {tokenizer.model_max_length} tokens, got {data_arguments.max_length}."
+        )
+    if tokenizer.pad_token is None:  # as of models that were made to write
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TextDataArguments) -> DatasetDict:
+    """Makes `input_ids` and `labels` of the texts and their classes; batches are padded later."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        pair = rows[arguments.text_pair_column] if arguments.text_pair_column else None
+        encoded = tokenizer(rows[arguments.text_column], pair, truncation=True, max_length=arguments.max_length)
+        return {**encoded, "labels": rows[arguments.label_column]}
+
+    return data.map(encode, batched=True, remove_columns=data["train"].column_names, desc="Tokenizing")
+
+
+def load_model(
+    arguments: TextModelArguments,
+    attention_drop: AttentionDropConfig,
+    class_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel:
+    """The model with a head for these classes, and with AttentionDrop where that is its attention."""
+    is_dropping = arguments.attn_implementation == "attentiondrop"
+    options = {
+        "attn_implementation": arguments.attn_implementation,
+        "attention_drop": attention_drop if is_dropping else None,
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+        # Where padding begins, for a head that reads the last token.
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if arguments.model_name_or_path:
+        # A head for other classes has another shape, and is the one thing that starts anew.
+        return AutoModelForSequenceClassification.from_pretrained(
+            arguments.model_name_or_path, ignore_mismatched_sizes=True, **options
+        )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        num_attention_heads=arguments.num_attention_heads,
+        intermediate_size=4 * arguments.hidden_size,
+        # BERT's own 0.02 suits a width of 768; a narrow model that starts so small learns slowly.
+        initializer_range=arguments.hidden_size**-0.5,
+        **options,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, macro F1 and expected calibration error of the logits `(N, C)`."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    logits = logits - logits.max(-1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return scores(probabilities.argmax(-1), prediction.label_ids) | {
+        "expected_calibration_error": expected_calibration_error(probabilities, prediction.label_ids)
+    }
+
+
+def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of the right classes, and the mean over the classes of their F1."""
+    return {
+        "accuracy": float(np.mean(predicted == labels)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, num_bins: int = CALIBRATION_BINS
+) -> float:
+    """How far confidence is from accuracy, in [0, 1].
+
+    The samples are put into bins of equal width by the probability of their predicted class; the result is the mean
+    over the samples of the difference between the mean probability and the accuracy of their bin (Guo et al. 2017,
+    "On Calibration of Modern Neural Networks", equation 3).
+
+    Args:
+        probabilities (`np.ndarray` of shape `(N, C)`): probabilities of the classes.
+        labels (`np.ndarray` of shape `(N,)`): the right classes.
+        num_bins (`int`, defaults to 15): number of bins.
+    """
+    confidence = probabilities.max(-1)
+    surplus = confidence - (probabilities.argmax(-1) == labels)
+    # Bins are open on the left, and nothing is less confident than chance.
+    bins = np.ceil(confidence * num_bins).astype(int) - 1
+    return float(np.abs(np.bincount(bins, weights=surplus)).sum() / len(labels))
+
+
+def majority_baseline(data: DatasetDict, label_column: str) -> dict[str, float]:
+    """The scores of answering always with the class that is most frequent in training."""
+    majority = Counter(data["train"][label_column]).most_common(1)[0][0]
+    labels = np.array(data["validation"][label_column])
+    return scores(np.full_like(labels, majority), labels)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = RecipeParser(__doc__, (TextModelArguments, TextDataArguments, TextTrainingArguments))
+    model_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+
+    # Nothing is written before everything was found to be in order.
+    with parser.refusing_bad_input():
+        checkpoint = check_output_dir(training_args)
+        set_seed(training_args.seed)
+        with training_args.main_process_first():
+            data = load_data(data_args)
+            tokenizer = load_tokenizer(model_args, data_args, data)
+            tokenized = tokenize(data, tokenizer, data_args)
+        class_names = data["train"].features[data_args.label_column].names
+        model = load_model(model_args, attention_drop, class_names, tokenizer)
+        accept_saved_weights(model)
+        trainer = AttentionDropTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=tokenized["train"],
+            eval_dataset=tokenized["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=classification_metrics,
+        )
+
+    baseline = majority_baseline(data, data_args.label_column)
+    metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
+    metrics |= {f"majority_{name}": value for name, value in baseline.items()}
+    results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
+    if training_args.do_train:
+        train_metrics, train_results = train(trainer, checkpoint)
+        metrics |= train_metrics
+        results |= train_results
+    if training_args.do_eval:
+        metrics |= trainer.evaluate()
+        for name, value in baseline.items():
+            results[name] = f"{metrics[f'eval_{name}']:.4f} (always the most frequent class: {value:.4f})"
+        results["calibration error"] = f"{metrics['eval_expected_calibration_error']:.4f}"
+        results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+
+    if trainer.is_world_process_zero():
+        write_record(parser, training_args.output_dir, metrics)
+        print_results("Text classification", results, training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Trains a translation model with AttentionDrop and the consistency term.
+
+Without arguments, a small Marian from scratch on English and German dates, quantities, currencies and territories:
+
+    accelerate launch recipes/translation.py
+
+A pretrained model on your own texts, a column per language or two files with a text per line:
+
+    accelerate launch recipes/translation.py --config recipes/configs/translation.yaml \\
+        --train_file train.csv --source_column english --target_column german --output_dir runs/mine
+
+    accelerate launch recipes/translation.py --config recipes/configs/translation.yaml \\
+        --train_file train.en.txt --train_target_file train.de.txt --output_dir runs/mine
+
+A data set from the Hub, with R-Drop as it was published for translation, which perturbs by the model's dropout alone:
+
+    accelerate launch recipes/translation.py --config recipes/configs/translation.yaml \\
+        --dataset_name Helsinki-NLP/opus_books --dataset_config_name de-en --source_column en --target_column de \\
+        --attn_implementation sdpa --consistency_weight 2.5 --label_smoothing_factor 0.1 --output_dir runs/books
+
+`--help` lists every argument.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import sacrebleu
+from datasets import Dataset, DatasetDict
+from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.checkpoints import accept_saved_weights
+from shared.cldr import CLDR, cldr_pairs
+from shared.output import check_output_dir, print_results, write_record
+from shared.training import train
+from shared.translations import TranslationDataArguments, load_pairs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    MarianConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
+from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
+
+
+PAD, EOS = "<pad>", "</s>"
+SCORES = {"bleu": "BLEU", "chrf": "chrF"}
+# What the loss leaves out.
+IGNORED_LABEL = -100
+
+
+@dataclass
+class TranslationModelArguments(ModelArguments):
+    source_prefix: str = field(
+        default="", metadata={"help": "Put before each source, such as '>>fra<< ' for a Marian of several languages."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Cut texts, and translations, after so many tokens."})
+    vocab_size: int = field(default=2000, metadata={"help": "From scratch: tokens of the two languages together."})
+    d_model: int = field(default=64, metadata={"help": "From scratch: width of the model."})
+    num_layers: int = field(default=2, metadata={"help": "From scratch: layers of the encoder and of the decoder."})
+    num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
+    dropout: float = field(default=0.0, metadata={"help": "From scratch: dropout of the hidden states."})
+
+
+@dataclass
+class TranslationTrainingArguments(RunArguments, AttentionDropSeq2SeqTrainingArguments):
+    output_dir: str = field(default="runs/translation", metadata={"help": "Folder for all that is written."})
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Translate to evaluate; false gives the loss."}
+    )
+    eval_strategy: str = field(
+        default="no", metadata={"help": "When to evaluate during training; translating is slow."}
+    )
+
+
+def defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    if values["model_name_or_path"]:
+        return {}
+    is_cldr = not values["dataset_name"] and not values["train_file"]
+    return {
+        "learning_rate": 4e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 128,
+        **({"validation_fraction": 0.1, "max_length": 40} if is_cldr else {}),
+    }
+
+
+def load_tokenizer(
+    arguments: TranslationModelArguments, dataset: Dataset, columns: tuple[str, str]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, or one for the texts to train on, of both languages."""
+    if arguments.model_name_or_path:
+        check_path("--model_name_or_path", arguments.model_name_or_path)
+        return AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    tokenizer = Tokenizer(models.BPE())
+    # Digit by digit, so that a number never seen is made of tokens that are known.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=arguments.vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(chain.from_iterable(dataset[column] for column in columns), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, model_max_length=arguments.max_length
+    )
+
+
+def load_model(
+    arguments: TranslationModelArguments, attention_drop: AttentionDropConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model, with AttentionDrop where that is its attention."""
+    is_dropping = arguments.attn_implementation == "attentiondrop"
+    attention = {
+        "attn_implementation": arguments.attn_implementation,
+        "attention_drop": attention_drop if is_dropping else None,
+    }
+    if arguments.model_name_or_path:
+        return AutoModelForSeq2SeqLM.from_pretrained(arguments.model_name_or_path, **attention)
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=arguments.d_model,
+        encoder_layers=arguments.num_layers,
+        decoder_layers=arguments.num_layers,
+        encoder_attention_heads=arguments.num_attention_heads,
+        decoder_attention_heads=arguments.num_attention_heads,
+        encoder_ffn_dim=4 * arguments.d_model,
+        decoder_ffn_dim=4 * arguments.d_model,
+        # These are no parameters, so that plenty cost nothing.
+        max_position_embeddings=max(512, arguments.max_length),
+        dropout=arguments.dropout,
+        scale_embedding=True,
+        # Marian's own 0.02 suits a width of 512 and more; a narrow model that starts so small learns slowly.
+        init_std=arguments.d_model**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+        # As every Marian does, it starts a translation from the padding.
+        decoder_start_token_id=tokenizer.pad_token_id,
+        **attention,
+    )
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def tokenize(
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: TranslationModelArguments,
+    data_arguments: TranslationDataArguments,
+) -> DatasetDict:
+    """Makes `input_ids` of the sources and `labels` of the targets; batches are padded later."""
+    options = {"truncation": True, "max_length": model_arguments.max_length}
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        sources = [model_arguments.source_prefix + text for text in rows[data_arguments.source_column]]
+        labels = tokenizer(text_target=rows[data_arguments.target_column], **options)["input_ids"]
+        return {**tokenizer(sources, **options), "labels": labels}
+
+    return data.map(encode, batched=True, remove_columns=data["train"].column_names, desc="Tokenizing")
+
+
+def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Makes texts of token ids `(B, length)`, which the Trainer pads with the label that is ignored."""
+    ids = np.where(ids == IGNORED_LABEL, tokenizer.pad_token_id, ids)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def scores(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU and chrF of sacrebleu over all texts together, 0 to 100."""
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(translations), [list(references)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(translations), [list(references)]).score,
+    }
+
+
+def scores_of_prediction(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    return scores(decode(prediction.predictions, tokenizer), decode(prediction.label_ids, tokenizer))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = RecipeParser(__doc__, (TranslationModelArguments, TranslationDataArguments, TranslationTrainingArguments))
+    model_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+    training_args.generation_max_length = training_args.generation_max_length or model_args.max_length
+
+    # Nothing is written before everything was found to be in order.
+    with parser.refusing_bad_input():
+        checkpoint = check_output_dir(training_args)
+        set_seed(training_args.seed)
+        with training_args.main_process_first():
+            data = load_pairs(data_args, cldr_pairs)
+            tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
+            tokenized = tokenize(data, tokenizer, model_args, data_args)
+        model = load_model(model_args, attention_drop, tokenizer)
+        accept_saved_weights(model)
+        trainer = AttentionDropSeq2SeqTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=tokenized["train"],
+            eval_dataset=tokenized["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+            compute_metrics=partial(scores_of_prediction, tokenizer=tokenizer)
+            if training_args.predict_with_generate
+            else None,
+        )
+
+    baseline = scores(data["validation"][data_args.source_column], data["validation"][data_args.target_column])
+    metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
+    metrics |= {f"copy_{name}": value for name, value in baseline.items()}
+    results = {"data": data_args.dataset_name or data_args.train_file or CLDR}
+    if training_args.do_train:
+        train_metrics, train_results = train(trainer, checkpoint)
+        metrics |= train_metrics
+        results |= train_results
+    if training_args.do_eval:
+        metrics |= trainer.evaluate()
+        if training_args.predict_with_generate:
+            for name, title in SCORES.items():
+                results[title] = f"{metrics[f'eval_{name}']:.1f} (copying the source: {baseline[name]:.1f})"
+        results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+
+    if trainer.is_world_process_zero():
+        write_record(parser, training_args.output_dir, metrics)
+        print_results("Translation", results, training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The text recipe on real files of every kind, on pairs, on models of its own, and in the run without arguments."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from sklearn.metrics import f1_score
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction
+
+from .recipe_runs import RECIPES, launch, load, refusal, run
+
+
+CLASSES = ["fruit", "tool"]
+WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "tool": ["hammer", "saw", "drill", "file"]}
+# Without the consistency term the steps are cheaper, and most of what is tested has nothing to do with it.
+QUICK = ["--max_steps", "2", "--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+COLUMNS = ["--text_column", "note", "--label_column", "kind"]
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    return load("text_classification", monkeypatch)
+
+
+def rows(count: int = 40) -> list[dict[str, str]]:
+    """Notes of two kinds, each naming a thing, with a comma, a quote and an umlaut."""
+    return [
+        {"note": f'Nr. {i}, "the {WORDS[kind][i % 4]}" für uns', "reply": f"no {kind}", "kind": kind}
+        for i in range(count)
+        for kind in (CLASSES[i % 2],)
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes rows by other means than the recipe reads them with, as far as there are any."""
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.slow
+def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
+    """A quarter of the run without arguments is well above its baseline already."""
+    result = launch(RECIPES / "text_classification.py", "--num_train_epochs", "4", cwd=tmp_path)
+    folder = tmp_path / "runs" / "text_classification"
+    metrics = read(folder, "metrics.json")
+    assert metrics["eval_accuracy"] > metrics["majority_accuracy"] + 0.15
+    assert metrics["eval_macro_f1"] > metrics["majority_macro_f1"] + 0.1
+    assert f"{metrics['eval_accuracy']:.4f} (always the most frequent class: {metrics['majority_accuracy']:.4f})" in (
+        result.stdout
+    )
+    history = read(next(folder.glob("checkpoint-*")), "trainer_state.json")["log_history"]
+    assert all(entry["consistency_loss"] > 0 for entry in history if "loss" in entry)
+    assert yaml.safe_load((folder / "run.yaml").read_text())["consistency_weight"] == 1.0
+
+
+def test_saved_model_and_tokenizer_give_the_reported_metrics(recipe: ModuleType, tmp_path: Path) -> None:
+    recipe.main([*QUICK, "--max_steps", "12", "--output_dir", str(tmp_path)])
+    metrics = read(tmp_path, "metrics.json")
+    held_out = recipe.load_data(recipe.TextDataArguments(max_eval_samples=16))["validation"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = model(**tokenizer(held_out["text"][:], padding=True, truncation=True, return_tensors="pt")).logits
+    labels = np.array(held_out["label"])
+    assert metrics["eval_accuracy"] == np.mean(logits.argmax(-1).numpy() == labels)
+    assert metrics["eval_loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4
+    )
+    assert model.config.id2label[0] == held_out.features["label"].names[0]
+
+
+def test_two_processes_evaluate_the_same_texts(tmp_path: Path) -> None:
+    flags = ["--output_dir", tmp_path / "out", *QUICK]
+    result = launch("--num_processes", "2", "--cpu", RECIPES / "text_classification.py", *flags)
+    assert result.stdout.count("held-out texts") == 1
+    assert read(tmp_path / "out", "metrics.json")["eval_samples"] == 16
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_local_files(recipe: ModuleType, tmp_path: Path, suffix: str) -> None:
+    files = [write(tmp_path / f"{name}.{suffix}", rows(count)) for name, count in (("train", 40), ("held_out", 12))]
+    flags = ["--train_file", str(files[0]), "--validation_file", str(files[1]), *COLUMNS]
+    data = recipe.load_data(recipe.TextDataArguments(**{flags[i][2:]: flags[i + 1] for i in range(0, len(flags), 2)}))
+    assert data["train"]["note"][:] == [row["note"] for row in rows()]
+
+    recipe.main([*flags, *QUICK, "--output_dir", str(tmp_path / "out")])
+    metrics = read(tmp_path / "out", "metrics.json")
+    assert (metrics["train_samples"], metrics["eval_samples"], metrics["majority_accuracy"]) == (40, 12, 0.5)
+    assert read(tmp_path / "out", "config.json")["label2id"] == {"fruit": 0, "tool": 1}
+
+
+def test_tokenizer_is_the_same_in_every_process() -> None:
+    # Processes that train together number the tokens each by itself, as does a run that is resumed.
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(RECIPES)!r})
+from shared.documentation import documentation_text
+from shared.text import train_encoder_tokenizer
+print(json.dumps(train_encoder_tokenizer(documentation_text()["text"], 1000, 64).get_vocab(), sort_keys=True))
+"""
+    assert run("-c", script).stdout == run("-c", script).stdout != ""
+
+
+def test_pairs_of_a_data_set_reach_the_model(recipe: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.parquet", rows())
+    arguments = recipe.TextDataArguments(
+        dataset_name=str(tmp_path / "data"), text_column="note", text_pair_column="reply", label_column="kind"
+    )
+    data = recipe.load_data(arguments)
+    tokenizer = recipe.load_tokenizer(recipe.TextModelArguments(), arguments, data)
+    tokenized = recipe.tokenize(data, tokenizer, arguments)["train"]
+    pieces = tokenizer.decode(tokenized[0]["input_ids"]).split(tokenizer.sep_token)
+    assert [data["train"][0]["reply"] in piece for piece in pieces] == [False, True, False]
+    assert set(tokenized[0]["token_type_ids"]) == {0, 1}
+
+
+def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe.main([*QUICK, "--output_dir", str(first)])
+    file = write(tmp_path / "train.csv", rows())
+    flags = ["--model_name_or_path", str(first), "--train_file", str(file), *COLUMNS, "--max_length", "32"]
+    recipe.main([*flags, *QUICK, "--learning_rate", "0", "--output_dir", str(second)])
+    before, after = (AutoModelForSequenceClassification.from_pretrained(folder) for folder in (first, second))
+    weights = after.bert.state_dict()
+    assert after.num_labels == 2 < before.num_labels
+    assert all(torch.equal(value, weights[name]) for name, value in before.bert.state_dict().items())
+    assert AutoTokenizer.from_pretrained(second).get_vocab() == AutoTokenizer.from_pretrained(first).get_vocab()
+    # Transformers' own value, which suits fine-tuning, and not that of a model from scratch.
+    assert "weight_decay" not in yaml.safe_load((second / "run.yaml").read_text())
+
+
+def test_consistency_arguments_reach_the_trainer(recipe: ModuleType, tmp_path: Path) -> None:
+    losses = {}
+    for weight in ("0", "50"):
+        folder = tmp_path / weight
+        flags = ["--consistency_weight", weight, "--consistency_divergence", "js", "--logging_steps", "1"]
+        recipe.main([*QUICK, *flags, "--save_steps", "2", "--save_strategy", "steps", "--output_dir", str(folder)])
+        losses[weight] = read(folder / "checkpoint-2", "trainer_state.json")["log_history"][0]
+    assert "consistency_loss" not in losses["0"]
+    entry = losses["50"]
+    assert entry["loss"] == pytest.approx(entry["task_loss"] + 50 * entry["consistency_loss"], rel=1e-3)
+
+
+def test_plain_attention_leaves_an_ordinary_configuration(recipe: ModuleType, tmp_path: Path) -> None:
+    recipe.main([*QUICK, "--attn_implementation", "sdpa", "--output_dir", str(tmp_path)])
+    assert "attention_drop" not in read(tmp_path, "config.json")
+    assert AutoConfig.from_pretrained(tmp_path).hidden_dropout_prob > 0
+
+
+def test_metrics_of_known_predictions(recipe: ModuleType) -> None:
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(0, 3, 200), 2 * generator.normal(size=(200, 3))
+    probabilities = torch.softmax(torch.tensor(logits), -1).numpy()
+    confidence, predicted = probabilities.max(-1), probabilities.argmax(-1)
+    error = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            gap = abs(confidence[inside].mean() - (predicted == labels)[inside].mean())
+            error += inside.mean() * gap
+    metrics = recipe.classification_metrics(EvalPrediction(logits, labels))
+    assert metrics["accuracy"] == np.mean(predicted == labels)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert metrics["expected_calibration_error"] == pytest.approx(error, abs=1e-12)
+    sure = EvalPrediction(1e4 * np.eye(3)[labels], labels)
+    assert recipe.classification_metrics(sure) == {"accuracy": 1, "macro_f1": 1, "expected_calibration_error": 0}
+
+
+def test_nothing_held_out_stands_in_the_training_passages(recipe: ModuleType) -> None:
+    from shared.documentation import word_runs
+
+    data = recipe.load_data(recipe.TextDataArguments())
+    seen = set().union(*map(word_runs, data["train"]["text"]))
+    assert max(len(word_runs(text) & seen) / len(word_runs(text)) for text in data["validation"]["text"]) < 0.5
+    counts = np.bincount(data["train"]["label"])
+    assert len(counts) >= 6 and counts.min() >= 30
+    assert set(data["validation"]["label"]) == set(range(len(counts)))
+
+
+def test_bad_data_ends_in_one_line(recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train = write(tmp_path / "train.csv", rows())
+    other = write(tmp_path / "other.jsonl", rows())
+    gaps = write(tmp_path / "gaps.jsonl", [{"note": None, "kind": "fruit"}, *rows()])
+    unseen = write(tmp_path / "unseen.csv", [{"note": "a", "reply": "b", "kind": "animal"}])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"note": "a"')
+    notes = shutil.copy(train, tmp_path / "notes.docx")
+    cases = [
+        (["--train_file", tmp_path / "nowhere.csv"], "--train_file: expected an existing path"),
+        (["--train_file", train, "--validation_file", tmp_path / "no.csv"], "--validation_file: expected an existing"),
+        (["--train_file", notes], "--train_file: expected a file that ends in .csv"),
+        (["--train_file", train, "--validation_file", other], "--validation_file: expected a .csv file"),
+        (["--train_file", broken], "broken.jsonl"),
+        (["--train_file", train, "--dataset_name", tmp_path], "give one of them"),
+        (["--validation_file", train], "--train_file, which is missing"),
+        (["--train_file", train], "--text_column: the train data has no column 'text'; its columns are note"),
+        (["--train_file", train, *COLUMNS, "--text_pair_column", "answer"], "--text_pair_column: the train data has"),
+        (["--train_file", train, *COLUMNS[:2], "--label_column", "class"], "--label_column: the train data has no"),
+        (["--train_file", gaps, *COLUMNS], "--text_column: 1 rows of the train data have no text in 'note'"),
+        (["--train_file", train, "--validation_file", unseen, *COLUMNS], "has not: animal"),
+    ]
+    for flags, message in cases:
+        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
+        assert not (tmp_path / "out").exists()
+
+
+def test_text_longer_than_the_model_takes_is_refused(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe.main([*QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])
+    flags = ["--model_name_or_path", tmp_path / "model", "--max_length", "65", "--output_dir", tmp_path / "out"]
+    assert "--max_length: the model takes 64 tokens, got 65" in refusal(recipe, capfd, *flags)
