@@ -24,7 +24,7 @@ NAME = "attentiondrop"
 HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 # Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now,
 # and the rest is for the loss.
-BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "shift_labels")
+BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
 # Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
 

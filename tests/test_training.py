@@ -170,6 +170,13 @@ def test_what_a_trainer_passes_for_the_loss_is_no_business_of_attention() -> Non
     torch.testing.assert_close(forward(model, batch | for_the_loss).loss, forward(model, batch).loss)
 
 
+def test_labels_may_come_along_when_generating() -> None:
+    """Seq2SeqTrainer hands the whole batch to `generate`, and Marian all of it to its attention."""
+    model, batch = build("marian"), inputs("marian")
+    without = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), model.generate(**without, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", DROPS)
 @pytest.mark.parametrize("family", FAMILIES)
