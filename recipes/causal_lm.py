@@ -97,12 +97,12 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
         return {"learning_rate": 2e-4} if values["use_peft"] else {}
     return {
         "block_size": 128,
-        "learning_rate": 4e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.1,
-        "num_train_epochs": 6.0,
-        "per_device_train_batch_size": 16,
+        "num_train_epochs": 4.0,
+        "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 32,
     }
 

@@ -78,11 +78,12 @@ def perplexity_by_hand(model: PreTrainedModel, blocks: list[list[int]]) -> float
 
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
-    """A third of the run without arguments is well below its baseline already."""
-    result = launch(RECIPES / "causal_lm.py", "--num_train_epochs", "2", cwd=tmp_path)
+    """A quarter of the run without arguments is below its baseline already, even with a single pass."""
+    flags = ["--num_train_epochs", "1", "--consistency_weight", "0"]
+    result = launch(RECIPES / "causal_lm.py", *flags, cwd=tmp_path)
     folder = tmp_path / "runs" / "causal_lm"
     metrics = read(folder, "metrics.json")
-    assert metrics["eval_perplexity"] < 0.7 * metrics["unigram_perplexity"]
+    assert metrics["eval_perplexity"] < 0.8 * metrics["unigram_perplexity"]
     assert (
         f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {metrics['unigram_perplexity']:.2f})"
         in (result.stdout)
