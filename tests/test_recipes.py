@@ -136,8 +136,10 @@ def test_resumed_run_equals_uninterrupted_run(recipe: ModuleType, tmp_path: Path
 
 def test_best_checkpoint_is_loaded_at_the_end(recipe: ModuleType, tmp_path: Path) -> None:
     every_second = ["--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"]
-    # The loss falls, so that with the highest as the best it is not the last checkpoint.
+    # Slowly enough the loss falls, so that with the highest as the best it is not the last checkpoint.
     best = [
+        "--learning_rate",
+        "1e-4",
         "--save_steps",
         "2",
         "--save_total_limit",
