@@ -81,7 +81,7 @@ class GatedAttention(Reweighting):
 
     def forward(self, states: torch.Tensor, call: AttentionCall, attend: Attend) -> Attended:
         output, weights = attend(call)
-        return gate_output(output, F.linear(states, self.weight), init=self.config.init), weights
+        return gate_output(output, _project(states, self.weight), init=self.config.init), weights
 
 
 class AttentionSink(Reweighting):
@@ -127,7 +127,7 @@ class AffineScaling(Reweighting):
         return self._rescaled(states, call, attend)
 
     def _rescaled(self, states: torch.Tensor, call: AttentionCall, attend: Attend) -> Attended:
-        logits = F.linear(states, self.weight)  # (B, Q, H)
+        logits = _project(states, self.weight)  # (B, Q, H)
         alpha = affine_scale(logits, activation=self.config.activation, init=self.config.init)
         if call.module.training and not is_recomputing():
             self._update_average(alpha.detach(), call.real_queries)
@@ -162,6 +162,11 @@ class AffineScaling(Reweighting):
         if self.average.dtype != torch.float32:
             self.average = average.to(self.average.device)
         return self
+
+
+def _project(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # Learned weights may be float32 on a model in half precision, as adapters are.
+    return F.linear(states.to(weight.dtype), weight)
 
 
 MODULES: dict[type[ReweightingConfig], type[Reweighting]] = {

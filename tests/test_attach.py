@@ -317,6 +317,16 @@ def test_autocast_trains(name: str, dtype: torch.dtype) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_learned_weights_can_be_float32_on_a_model_in_half_precision(name: str) -> None:
+    model = randomise(build_reweighted("llama", name)).bfloat16().train()
+    for module in model.modules():
+        if isinstance(module, Reweighting):
+            module.float()
+    model(**inputs("llama")).loss.backward()
+    assert all(p.grad.dtype == torch.float32 for key, p in model.named_parameters() if "reweighting" in key)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
