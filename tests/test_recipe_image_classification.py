@@ -256,9 +256,9 @@ def test_pushing_without_a_login_is_refused_before_training(
 
 def test_push_uploads_the_finished_folder(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded = []
-    monkeypatch.setattr(recipe.Trainer, "init_hf_repo", lambda trainer: None)
+    monkeypatch.setattr(recipe.AttentionDropTrainer, "init_hf_repo", lambda trainer: None)
     monkeypatch.setattr(
-        recipe.Trainer,
+        recipe.AttentionDropTrainer,
         "push_to_hub",
         lambda trainer, *args, **kwargs: uploaded.append({path.name for path in tmp_path.iterdir()}),
     )
