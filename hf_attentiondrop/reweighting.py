@@ -5,6 +5,7 @@ attends, perturbed or not; it returns what an attention function returns. None o
 files initialise, quantise and adapt in their own ways.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ class Dimensions:
     initializer_range: float = 0.02
 
 
-class Reweighting(nn.Module):
+class Reweighting(nn.Module, ABC):
     """What is learned on top of one attention module.
 
     Args:
@@ -47,12 +48,13 @@ class Reweighting(nn.Module):
         super().__init__()
         self.config, self.dimensions = config, dimensions
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Initialises what was not loaded from a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, states: torch.Tensor, call: AttentionCall, attend: Attend) -> Attended:
-        raise NotImplementedError
+        """Attends through `attend`, and reweights the result by the hidden states, `(B, Q, hidden_size)`."""
 
     @property
     def summary(self) -> str:
