@@ -14,6 +14,11 @@ All weights of a pretrained model, on a data set from the Hub:
     accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir runs/wikitext
 
+Attention that learns its scale, a sink or a gate, from scratch as in its paper, without AttentionDrop:
+
+    accelerate launch recipes/causal_lm.py --attn_implementation affine_scaled \\
+        --attention_reweighting '{init: paper}' --consistency_weight 0 --output_dir runs/affine_scaled
+
 `--consistency_weight 0` trains with one pass, in half the time. `--help` lists every argument.
 """
 
@@ -37,6 +42,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     EvalPrediction,
@@ -47,7 +53,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropConfig, AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
 NO_LABEL = -100
@@ -146,16 +153,11 @@ def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TextD
 
 def load_model(
     arguments: LanguageModelArguments,
-    attention_drop: AttentionDropConfig,
+    attention: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
 ) -> PreTrainedModel:
-    """The model, with AttentionDrop where that is its attention."""
-    is_dropping = arguments.attn_implementation == "attentiondrop"
-    attention = {
-        "attn_implementation": arguments.attn_implementation,
-        "attention_drop": attention_drop if is_dropping else None,
-    }
+    """The model, with the attention asked for."""
     if arguments.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **attention)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -178,14 +180,30 @@ def load_model(
     return AutoModelForCausalLM.from_config(config)
 
 
+def check_base(arguments: LanguageModelArguments, attention: dict[str, Any]) -> None:
+    """Refuses to adapt a model that is not there, or one that would not bring what the adapter trains."""
+    if not arguments.model_name_or_path:
+        raise ValueError("--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path.")
+    check_path("--model_name_or_path", arguments.model_name_or_path)
+    method = attention["attn_implementation"]
+    if method in REWEIGHTINGS and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting:
+        raise ValueError(
+            f"--use_peft trains the learned weights of {method} beside the adapter, and PEFT would load that adapter "
+            f"on {arguments.model_name_or_path}, which has none, without them. Save a base that has them first: "
+            f'AutoModelForCausalLM.from_pretrained("{arguments.model_name_or_path}", '
+            f'attn_implementation="{method}").save_pretrained("base").'
+        )
+
+
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
-    """Freezes the model and puts LoRA adapters beside its weights."""
+    """Freezes the model and puts LoRA adapters beside its weights; what attention learns is trained with them."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.lora_target_modules,
+        modules_to_save=["reweighting"] if model.config.attention_reweighting else None,
     )
     return get_peft_model(model, config)
 
@@ -224,21 +242,19 @@ def unigram_perplexity(packed: DatasetDict, vocab_size: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     types = (LanguageModelArguments, LoraArguments, TextDataArguments, LanguageModelTrainingArguments)
     parser = RecipeParser(__doc__, types)
-    model_args, lora_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+    model_args, lora_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
         checkpoint = check_output_dir(training_args)
-        if lora_args.use_peft and not model_args.model_name_or_path:
-            raise ValueError(
-                "--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path."
-            )
+        if lora_args.use_peft:
+            check_base(model_args, attention)
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_data(data_args)
             tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
             packed = pack(data, tokenizer, data_args)
-        model = load_model(model_args, attention_drop, tokenizer, data_args.block_size)
+        model = load_model(model_args, attention, tokenizer, data_args.block_size)
         if lora_args.use_peft:
             model = add_adapters(model, lora_args)
         else:

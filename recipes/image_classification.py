@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_attentiondrop import AttentionDropConfig, AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
 
 
 DIGITS = "the digits of scikit-learn"
@@ -140,11 +140,8 @@ def load_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
 
 
-def load_model(
-    arguments: ImageModelArguments, attention_drop: AttentionDropConfig, class_names: list[str]
-) -> PreTrainedModel:
-    """The model with a head for these classes, and with AttentionDrop where that is its attention."""
-    attention = arguments.attention_options(attention_drop)
+def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
+    """The model with a head for these classes, and with the attention asked for."""
     classes = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if arguments.model_name_or_path:
         # A head for other classes has another shape, and is the one thing that starts anew.
@@ -182,7 +179,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, (ImageModelArguments, ImageDataArguments, ImageTrainingArguments))
-    model_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+    model_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
@@ -191,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             data = load_data(data_args)
         processor = load_processor(model_args)
-        model = load_model(model_args, attention_drop, data["train"].features[data_args.label_column].names)
+        model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
         accept_saved_weights(model)
         trainer = AttentionDropTrainer(
             model=model,

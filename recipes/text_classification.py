@@ -45,7 +45,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropConfig, AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
 
 
 CALIBRATION_BINS = 15
@@ -138,15 +138,13 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: T
 
 def load_model(
     arguments: TextModelArguments,
-    attention_drop: AttentionDropConfig,
+    attention: dict[str, Any],
     class_names: list[str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The model with a head for these classes, and with AttentionDrop where that is its attention."""
-    is_dropping = arguments.attn_implementation == "attentiondrop"
+    """The model with a head for these classes, and with the attention asked for."""
     options = {
-        "attn_implementation": arguments.attn_implementation,
-        "attention_drop": attention_drop if is_dropping else None,
+        **attention,
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
         # Where padding begins, for a head that reads the last token.
@@ -219,7 +217,7 @@ def majority_baseline(data: DatasetDict, label_column: str) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, (TextModelArguments, TextDataArguments, TextTrainingArguments))
-    model_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+    model_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
@@ -230,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args, data_args, data)
             tokenized = tokenize(data, tokenizer, data_args)
         class_names = data["train"].features[data_args.label_column].names
-        model = load_model(model_args, attention_drop, class_names, tokenizer)
+        model = load_model(model_args, attention, class_names, tokenizer)
         accept_saved_weights(model)
         trainer = AttentionDropTrainer(
             model=model,

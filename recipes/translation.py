@@ -49,7 +49,6 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
 from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
 
@@ -129,14 +128,9 @@ def load_tokenizer(
 
 
 def load_model(
-    arguments: TranslationModelArguments, attention_drop: AttentionDropConfig, tokenizer: PreTrainedTokenizerBase
+    arguments: TranslationModelArguments, attention: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The model, with AttentionDrop where that is its attention."""
-    is_dropping = arguments.attn_implementation == "attentiondrop"
-    attention = {
-        "attn_implementation": arguments.attn_implementation,
-        "attention_drop": attention_drop if is_dropping else None,
-    }
+    """The model, with the attention asked for."""
     if arguments.model_name_or_path:
         return AutoModelForSeq2SeqLM.from_pretrained(arguments.model_name_or_path, **attention)
     config = MarianConfig(
@@ -201,7 +195,7 @@ def scores_of_prediction(prediction: EvalPrediction, tokenizer: PreTrainedTokeni
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, (TranslationModelArguments, TranslationDataArguments, TranslationTrainingArguments))
-    model_args, data_args, training_args, attention_drop = parser.parse(argv, defaults)
+    model_args, data_args, training_args, attention = parser.parse(argv, defaults)
     training_args.generation_max_length = training_args.generation_max_length or model_args.max_length
 
     # Nothing is written before everything was found to be in order.
@@ -212,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_pairs(data_args, cldr_pairs)
             tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
             tokenized = tokenize(data, tokenizer, model_args, data_args)
-        model = load_model(model_args, attention_drop, tokenizer)
+        model = load_model(model_args, attention, tokenizer)
         accept_saved_weights(model)
         trainer = AttentionDropSeq2SeqTrainer(
             model=model,

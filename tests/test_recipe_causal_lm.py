@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, PreTrainedModel
 
+from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
+
 from .recipe_runs import RECIPES, launch, load, refusal, run
 
 
@@ -180,6 +183,59 @@ def test_lora_trains_adapters_alone_and_loads_again(
     assert read(tmp_path / "evaluation", "metrics.json")["eval_perplexity"] == pytest.approx(adapted, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("affine_scaled", {"init": "paper", "gate": True}),
+        ("affine_scaled", {}),
+        ("attention_sink", {"init": -2.0}),
+        ("gated_attention", {"init": "paper"}),
+    ],
+)
+def test_attention_that_learns_is_trained_and_loads_again(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, values: dict[str, Any]
+) -> None:
+    flags = ["--attn_implementation", method] + (["--attention_reweighting", json.dumps(values)] if values else [])
+    recipe.main([*QUICK, *flags, "--max_train_samples", "200", "--output_dir", str(tmp_path)])
+    assert f"{method} in 1 of 1 modules\n" in capsys.readouterr().out
+    config = read(tmp_path, "config.json")
+    assert config["attention_reweighting"] == REWEIGHTINGS[method](**values).to_dict()
+    assert "attention_drop" not in config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    started = AutoModelForCausalLM.from_config(model.config)
+    learned = {name: weight for name, weight in model.named_parameters() if "reweighting" in name}
+    assert learned and not any(torch.equal(weight, started.get_parameter(name)) for name, weight in learned.items())
+    arguments = recipe.TextDataArguments(max_train_samples=200, max_eval_samples=8, block_size=128)
+    packed = recipe.pack(recipe.load_data(arguments), AutoTokenizer.from_pretrained(tmp_path), arguments)
+    perplexity = perplexity_by_hand(model, packed["validation"]["input_ids"][:])
+    assert perplexity == pytest.approx(read(tmp_path, "metrics.json")["eval_perplexity"], rel=1e-4)
+
+
+def test_attentiondrop_perturbs_attention_that_learns_where_it_is_asked_to(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--attn_implementation", "affine_scaled", "--variant", "blur", "--width", "3"]
+    recipe.main([*QUICK, *flags, "--output_dir", str(tmp_path)])
+    summary = "affine_scaled in 1 of 1 modules, blur sigma_max=1.0 width=3; 1 of 1 modules, 2 passes"
+    assert summary in capsys.readouterr().out
+    assert read(tmp_path, "config.json")["attention_drop"] == AttentionDropConfig(variant="blur", width=3).to_dict()
+
+
+def test_lora_trains_what_attention_learns(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="affine_scaled").save_pretrained(base)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(base)
+    flags = ["--use_peft", "--attn_implementation", "affine_scaled", "--max_train_samples", "200"]
+    flags += ["--model_name_or_path", str(base), "--block_size", "64"]
+    recipe.main([*QUICK, *flags, "--output_dir", str(tmp_path / "lora")])
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    trained = {name: weight for name, weight in weights.items() if name.endswith("reweighting.weight")}
+    assert len(trained) == 1 and all(weight.any() for weight in trained.values())
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    loaded = [module.weight for name, module in model.named_modules() if name.endswith("modules_to_save.default")]
+    assert [weight.tolist() for weight in loaded] == [weight.tolist() for weight in trained.values()]
+
+
 def test_resumed_lora_run_equals_uninterrupted_run(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", TEXTS)
     flags = ["--model_name_or_path", checkpoint, "--train_file", file, "--block_size", "16", "--use_peft"]
@@ -216,6 +272,17 @@ def test_bad_input_ends_in_one_line(
     cases = [
         (["--use_peft"], "add --model_name_or_path"),
         ([*model, "--use_peft", "--lora_target_modules", "query", "--block_size", "64"], "query"),
+        (
+            [*model, "--use_peft", "--attn_implementation", "affine_scaled", "--block_size", "64"],
+            "Save a base that has them first",
+        ),
+        (["--attention_reweighting", "{gate: true}"], "--attn_implementation is attentiondrop, which learns nothing"),
+        (
+            ["--attn_implementation", "attention_sink", "--attention_reweighting", "{gate: true}"],
+            "Unknown key 'gate' in `attention_reweighting`",
+        ),
+        (["--attn_implementation", "affine_scaled", "--attention_reweighting", "paper"], "must be a YAML mapping"),
+        (["--attn_implementation", "affine_scaled", "--attention_reweighting", "{init: papr}"], "must be one of"),
         ([*model, "--use_peft", "--lora_r", "0", "--block_size", "64"], "`r` should be a positive integer"),
         ([*model, "--block_size", "129"], "--block_size: the model takes 128 tokens, got 129"),
         (["--model_name_or_path", no_end], "has no token for the end of a text"),

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
 ATTENTION_DROP_FIELDS = tuple(field.name for field in fields(AttentionDropConfig))
@@ -39,16 +40,19 @@ class ModelArguments:
     )
     attn_implementation: str = field(
         default="attentiondrop",
-        metadata={"help": "Attention to train with. Any other than attentiondrop, such as sdpa, is the baseline."},
+        metadata={
+            "help": "Attention to train with: attentiondrop; or one that learns, affine_scaled, attention_sink or "
+            "gated_attention, which AttentionDrop perturbs where one of its flags is given; or the baseline, sdpa, "
+            "which those flags do not touch."
+        },
     )
-
-    def attention_options(self, attention_drop: AttentionDropConfig) -> dict[str, Any]:
-        """What `from_pretrained` and the config of a new model need to be told about attention."""
-        is_dropping = self.attn_implementation == "attentiondrop"
-        return {
-            "attn_implementation": self.attn_implementation,
-            "attention_drop": attention_drop if is_dropping else None,
-        }
+    attention_reweighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "Configuration of an attention that learns, as YAML: '{init: paper, gate: true}'. init: paper is "
+            "for training from scratch. The class of its configuration documents the keys."
+        },
+    )
 
 
 @dataclass
@@ -80,6 +84,34 @@ class RunArguments:
     )
 
 
+def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` and the config of a new model need to be told about attention.
+
+    Args:
+        values (`Mapping[str, Any]`): those of [`ModelArguments`], and the fields of [`AttentionDropConfig`] given.
+
+    Raises:
+        ValueError: for values out of range, and for a configuration that the attention would ignore.
+    """
+    name, reweighting = values["attn_implementation"], values["attention_reweighting"]
+    drop = {field_: values[field_] for field_ in ATTENTION_DROP_FIELDS if field_ in values}
+    is_dropping = name == "attentiondrop" or (name in REWEIGHTINGS and bool(drop))
+    options = {"attn_implementation": name, "attention_drop": AttentionDropConfig(**drop) if is_dropping else None}
+    if reweighting is not None:
+        if name not in REWEIGHTINGS:
+            raise ValueError(
+                f"--attention_reweighting configures {', '.join(REWEIGHTINGS)}, and --attn_implementation is {name}, "
+                "which learns nothing. Name one of them, or leave the configuration out."
+            )
+        try:
+            options["attention_reweighting"] = REWEIGHTINGS[name].from_dict(yaml.safe_load(reweighting))
+        except (TypeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"--attention_reweighting must be a YAML mapping such as '{{init: paper}}', got {reweighting!r}."
+            ) from error
+    return options
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -105,7 +137,9 @@ class RecipeParser(HfArgumentParser):
             hint = types[field_.name]
             items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
             options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
-            group.add_argument(f"--{field_.name}", default=field_.default, help=helps[field_.name], **options)
+            # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
+            help_ = f"{helps[field_.name]} (default: {field_.default})"
+            group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
 
     def parse(
         self,
@@ -120,7 +154,7 @@ class RecipeParser(HfArgumentParser):
                 Gives, for the values read, defaults that depend on them; they stand below the file and the flags.
 
         Returns:
-            `tuple`: one object per dataclass, then the [`AttentionDropConfig`]. The plain values stay in `values`.
+            `tuple`: one object per dataclass, then the [`attention_options`]. The plain values stay in `values`.
 
         Raises:
             SystemExit: with code 2, for anything that is wrong.
@@ -130,8 +164,11 @@ class RecipeParser(HfArgumentParser):
         self.set_defaults(**defaults(self._read(flags)))
         self.values = self._read(flags)
         with self.refusing_bad_input():
-            attention_drop = AttentionDropConfig(**{name: self.values[name] for name in ATTENTION_DROP_FIELDS})
-            return (*self.parse_dict(self.values, allow_extra_keys=True), attention_drop)
+            attention = attention_options(self.values)
+            arguments = self.parse_dict(self.values, allow_extra_keys=True)
+        if attention["attention_drop"] is not None:
+            self.values |= attention["attention_drop"].to_dict()
+        return (*arguments, attention)
 
     def error(self, message: str) -> None:
         """Ends the process with exit code 2 and one line on stderr, of several on a machine from the first only."""
@@ -151,8 +188,12 @@ class RecipeParser(HfArgumentParser):
         namespace, unknown = self.parse_known_args(flags)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-            self.error(f"unknown argument {unknown[0]}.{_suggestion(name, vars(namespace), '--')}")
+            self.error(f"unknown argument {unknown[0]}.{_suggestion(name, self._names, '--')}")
         return vars(namespace)
+
+    @property
+    def _names(self) -> list[str]:
+        return [action.dest for action in self._actions]
 
     def _flags_of_config(self, path: str | None) -> list[str]:
         """The contents of the YAML file as flags, so that both are checked by the same rules."""
@@ -164,7 +205,7 @@ class RecipeParser(HfArgumentParser):
             self.error(f"--config {path} cannot be read: {error}")
         if not isinstance(contents, dict):
             self.error(f"--config {path} must hold `argument: value` lines, got {type(contents).__name__}.")
-        known = [name for name in self._read([]) if name != "config"]
+        known = [name for name in self._names if name != "config"]
         flags: list[str] = []
         for name, value in contents.items():
             if name not in known:

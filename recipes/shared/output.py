@@ -70,9 +70,14 @@ def describe_attention(model: PreTrainedModel) -> str:
     """What was done to the model's attention, in one line."""
     rows = hf_attentiondrop.report(model).rows
     active = [row for row in rows if row.applied]
-    if not active:
-        return f"not perturbed ({model.config._attn_implementation})"
-    return f"{active[0].applied}; {len(active)} of {len(rows)} modules, {sum(row.calls for row in active)} passes"
+    learned = [row for row in rows if row.reweighting]
+    parts = []
+    if learned:
+        parts.append(f"{learned[0].implementation} in {len(learned)} of {len(rows)} modules")
+    if active:
+        passes = sum(row.calls for row in active)
+        parts.append(f"{active[0].applied}; {len(active)} of {len(rows)} modules, {passes} passes")
+    return ", ".join(parts) or f"not perturbed ({model.config._attn_implementation})"
 
 
 def print_results(title: str, results: Mapping[str, str], folder: str) -> None:
