@@ -7,71 +7,22 @@ steps; a weight above 0 costs two passes per step. Longer runs: `--epochs 15 --m
 """
 
 import argparse
-import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from consistency_loss import processor
-from scipy.stats import t as t_distribution
+from experiments import CONFIDENCE, cell, run_recipe, summarize, write_results
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 MEASURES = {
     "eval_accuracy": "accuracy",
     "eval_expected_calibration_error": "calibration error",
     "eval_loss": "negative log-likelihood",
 }
-CONFIDENCE = 0.95
-
-
-def run_recipe(weight: float, seed: int, epochs: float, max_length: int) -> dict:
-    """Trains once, and gives the recipe's metrics."""
-    import text_classification
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = {
-            "consistency_weight": weight,
-            "seed": seed,
-            "num_train_epochs": epochs,
-            "max_length": max_length,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "output_dir": folder,
-        }
-        text_classification.main([f"--{name}={value}" for name, value in options.items()])
-        return json.loads(Path(folder, "metrics.json").read_text())
-
-
-def mean_and_interval(values: list[float]) -> dict[str, float]:
-    """The mean, and half the width of its confidence interval by the t-distribution."""
-    standard_error = np.std(values, ddof=1) / len(values) ** 0.5
-    quantile = t_distribution.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    return {"mean": float(np.mean(values)), "half_width": float(quantile * standard_error)}
-
-
-def summarize(runs: list[dict], weights: list[float]) -> list[dict]:
-    """For each weight the measures, and their differences from the first weight, seed by seed."""
-    rows = []
-    for weight in weights:
-        row: dict = {"weight": weight}
-        for measure in MEASURES:
-            values, first = ([run[measure] for run in runs if run["weight"] == of] for of in (weight, weights[0]))
-            row[measure] = mean_and_interval(values)
-            if weight != weights[0]:
-                row[measure]["difference"] = mean_and_interval(np.subtract(values, first).tolist())
-        rows.append(row)
-    return rows
 
 
 def table(summary: list[dict], setup: dict) -> str:
-    def cell(value: dict[str, float], sign: str = "") -> str:
-        return f"{value['mean']:{sign}.4f} ± {value['half_width']:.4f}"
-
     def cells(value: dict) -> list[str]:
         return [cell(value), cell(value["difference"], "+") if "difference" in value else "–"]
 
@@ -110,19 +61,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # Nothing that is used here is on the Hub.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.path.insert(0, str(RECIPES))
 
     runs = []
     for seed in arguments.seeds:
         for weight in arguments.weights:
-            metrics = run_recipe(weight, seed, arguments.epochs, arguments.max_length)
+            options = {"num_train_epochs": arguments.epochs, "max_length": arguments.max_length, "seed": seed}
+            with tempfile.TemporaryDirectory() as folder:
+                metrics = run_recipe("text_classification", folder, consistency_weight=weight, **options)
             runs.append({"weight": weight, "seed": seed, **metrics})
     shared = ("train_samples", "eval_samples", "majority_accuracy", "versions")
     options = " ".join(
-        f"--{name} {' '.join(f'{item:g}' for item in np.atleast_1d(getattr(arguments, name)))}"
-        for name in ("weights", "seeds", "epochs", "max_length", "threads")
+        f"--{name} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in vars(arguments).items()
+        if name != "output"
     )
     setup = {
         "command": f"python benchmarks/consistency_experiment.py {options}",
@@ -132,12 +83,9 @@ def main() -> None:
         **{name: runs[0][name] for name in shared},
     }
     runs = [{name: value for name, value in run.items() if name not in shared} for run in runs]
-    summary = summarize(runs, arguments.weights)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    summary = summarize(runs, "weight", list(MEASURES))
     results = {"setup": setup, "summary": summary, "runs": runs}
-    (arguments.output / "consistency_experiment.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / "consistency_experiment.md").write_text(table(summary, setup))
-    print(table(summary, setup))
+    write_results(arguments.output, "consistency_experiment", results, table(summary, setup))
 
 
 if __name__ == "__main__":

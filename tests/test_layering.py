@@ -27,6 +27,7 @@ ALLOWED = {
     "consistency": {"losses"},
     "recording": {"consistency"},
     "training_args": {"losses"},
+    "evaluation": {"registration", "sites"},
     "trainer": {"consistency", "doubling", "recording", "training_args"},
 }
 

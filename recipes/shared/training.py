@@ -24,6 +24,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
     trainer.save_model()
+    trainer.save_state()
     processes = trainer.args.world_size
     duration = f"{trainer.state.global_step} steps in {metrics['train_runtime']:.0f} s"
     return metrics, {

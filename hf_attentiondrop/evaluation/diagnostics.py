@@ -1,0 +1,307 @@
+"""How a model attends, and how noisy its gradients are."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean, median, variance
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..registration import FUNCTIONS, transformers_model
+from ..sites import attention_modules, configs_of
+
+
+SHOWS_WEIGHTS = ("eager", *FUNCTIONS)
+# The masks that tell the real queries and keys of the weights that a model's output names.
+MASKS = {
+    "attentions": ("attention_mask", "attention_mask"),
+    "encoder_attentions": ("attention_mask", "attention_mask"),
+    "decoder_attentions": ("decoder_attention_mask", "decoder_attention_mask"),
+    "cross_attentions": ("decoder_attention_mask", "attention_mask"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """How the heads of one stack attend, each value a mean over real queries; tensors are `(layers, heads)`, float64,
+    NaN for heads that a layer does not have.
+
+    Args:
+        entropy: of the weights over the keys, in nats: 0 looks at one key, `log K` at all `K` alike.
+        first_token_mass: share of the weight that the first key gets, padding left out, in [0, 1].
+        top_k_mass: share of the `top_k` largest weights, in [0, 1].
+        total_mass: sum of the weights: 1 under softmax, less beside a learned sink, the moving average of the scales
+            under affine scaling.
+        top_k: how many weights `top_k_mass` counts.
+        queries: how many queries the means of the first layer are over.
+    """
+
+    entropy: Tensor
+    first_token_mass: Tensor
+    top_k_mass: Tensor
+    total_mass: Tensor
+    top_k: int
+    queries: int
+
+    def means(self) -> dict[str, float]:
+        """Every statistic as its mean over layers and heads."""
+        return {name: getattr(self, name).nanmean().item() for name in MEASURES}
+
+
+MEASURES = ("entropy", "first_token_mass", "top_k_mass", "total_mass")
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """How far the gradients of mini-batches lie from each other, at one state of the weights.
+
+    Args:
+        variance: trace of their covariance matrix, the unbiased mean of `||g - mean||²`.
+        mean_norm: norm of their mean.
+        batches: how many there were.
+    """
+
+    variance: float
+    mean_norm: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """The gradient norms of a training.
+
+    Args:
+        mean: their mean.
+        variance: their unbiased variance.
+        spikes: how many are more than `SPIKE_FACTOR` times the median of the `SPIKE_WINDOW` norms before them.
+        steps: how many norms there are.
+    """
+
+    mean: float
+    variance: float
+    spikes: int
+    steps: int
+
+
+SPIKE_FACTOR = 3.0
+SPIKE_WINDOW = 20
+
+
+def attention_statistics(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, top_k: int = 5
+) -> dict[str, AttentionStatistics]:
+    """Measures how a model attends, in evaluation mode, head by head.
+
+    Weights of learned methods may be negative and sum to anything; shares and entropy are those of their absolute
+    values, brought to a sum of 1. Padding asks nothing: only the queries that a two-dimensional attention mask of the
+    batch shows count, and all of them where there is none.
+
+    The cost is a forward pass of each batch with materialised attention, `B·H·Q·K` weights per layer.
+
+    Args:
+        model: a Transformers model, or a wrapper around one.
+        batches: keyword arguments of its forward pass, batch by batch.
+        top_k: how many of the largest weights `top_k_mass` counts, at least 1.
+
+    Returns:
+        The statistics by stack, under the name that the model's output has for its weights: `"attentions"`, or
+        `"encoder_attentions"`, `"decoder_attentions"` and `"cross_attentions"`.
+
+    Raises:
+        ValueError: for no batch, weights that the model does not return or that are not finite, masks that do not
+            fit, or a `top_k` below 1.
+
+    Example:
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> statistics = attention_statistics(BertModel(config), [{"input_ids": torch.tensor([[2, 3, 4]])}])
+    >>> statistics["attentions"].entropy.shape
+    torch.Size([2, 4])
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"`top_k` must be an integer >= 1, got {top_k!r}. It counts the largest weights of a query.")
+    sums: dict[str, list[Tensor]] = {}
+    counts: dict[str, Tensor] = {}
+    with _showing_weights(model), torch.no_grad():
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if "labels" not in name}
+            outputs = model(**_to_device_of(model, inputs), output_attentions=True)
+            for name, layers in _attentions_of(model, outputs).items():
+                measured = [_measure(name, weights, batch, top_k) for weights in layers]
+                count = torch.tensor([count for _, count in measured])
+                previous = sums.get(name, [0.0] * len(layers))
+                sums[name] = [total + sum_ for total, (sum_, _) in zip(previous, measured, strict=True)]
+                counts[name] = counts.get(name, 0) + count
+    if not any(count.any() for count in counts.values()):
+        raise ValueError("There is nothing to measure: expected at least one batch with a query that is no padding.")
+    statistics = {}
+    for name, layers in sums.items():
+        means = [total / count for total, count in zip(layers, counts[name], strict=True)]
+        # Layers of one stack may differ in their numbers of heads.
+        measures = pad_sequence([mean.mT for mean in means], batch_first=True, padding_value=math.nan)
+        statistics[name] = AttentionStatistics(*measures.unbind(-1), top_k=top_k, queries=int(counts[name][0]))
+    return statistics
+
+
+def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> GradientNoise:
+    """Measures the variance of mini-batch gradients in training mode, perturbations and dropout included.
+
+    The AttentionDrop paper reports about a tenth less of it (arXiv 2504.12088). Weights, their gradients, buffers and
+    modes stay as they were; draws come from torch's global generator.
+
+    The cost is a forward and backward pass of each batch, and memory for two more gradients.
+
+    Args:
+        model: a model whose output has a `loss`.
+        batches: keyword arguments of its forward pass with labels, at least two.
+
+    Raises:
+        ValueError: for fewer than two batches, no trainable weights, or a loss that is missing or not finite.
+
+    Example:
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> batches = [{"input_ids": torch.tensor([[2, 3]]), "labels": torch.tensor([label])} for label in (0, 1)]
+    >>> gradient_noise(BertForSequenceClassification(config), batches).batches
+    2
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("The model has no weights to train, so it has no gradients: expected requires_grad on some.")
+    means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    count, squares = 0, 0.0
+    with _mode_kept(model, training=True), _buffers_kept(model), torch.enable_grad():
+        for batch in batches:
+            loss = getattr(model(**_to_device_of(model, batch)), "loss", None)
+            if loss is None or not loss.isfinite().item():
+                raise ValueError(f"Expected a finite loss from a batch with labels, got {loss!r}: it has no gradient.")
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            count += 1
+            # Welford's update, in which nothing large is subtracted from something large.
+            for mean, gradient in zip(means, gradients, strict=True):
+                deviation = (0.0 if gradient is None else gradient.float()) - mean
+                mean += deviation / count
+                squares += (1 - 1 / count) * deviation.double().square().sum().item()
+    if count < 2:
+        raise ValueError(f"The variance of gradients needs at least two batches, got {count}.")
+    mean_norm = math.sqrt(sum(mean.double().square().sum().item() for mean in means))
+    return GradientNoise(squares / (count - 1), mean_norm, count)
+
+
+def gradient_norms(norms: Sequence[float]) -> GradientNorms:
+    """Summarises the gradient norms of training steps, as the affine paper does (arXiv 2602.23057).
+
+    Args:
+        norms: one per step, in order, at least two.
+
+    Raises:
+        ValueError: for fewer than two norms, or one that is not finite.
+
+    Example:
+
+    >>> gradient_norms([1.0, 1.0, 9.0, 1.0]).spikes
+    1
+    """
+    if len(norms) < 2 or not all(map(math.isfinite, norms)):
+        raise ValueError(f"Expected at least two gradient norms, all finite, got {list(norms)}.")
+    spikes, window = 0, deque[float](maxlen=SPIKE_WINDOW)
+    for norm in norms:
+        spikes += bool(window) and norm > SPIKE_FACTOR * median(window)
+        window.append(norm)
+    return GradientNorms(fmean(norms), variance(norms), spikes, len(norms))
+
+
+@contextmanager
+def _mode_kept(model: nn.Module, *, training: bool) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    # A forward pass in training mode moves running averages.
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        for buffer, value in buffers.items():
+            buffer.copy_(value)
+
+
+@contextmanager
+def _showing_weights(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with an attention that returns its weights."""
+    base = transformers_model(model)
+    configs = {id(config): config for config in configs_of(base.config)}
+    configs |= {id(module.config): module.config for _, module in attention_modules(base)}
+    names = {key: config._attn_implementation for key, config in configs.items()}
+    with _mode_kept(model, training=False):
+        try:
+            for key, config in configs.items():
+                if names[key] not in SHOWS_WEIGHTS:
+                    config._attn_implementation = "eager"
+            yield
+        finally:
+            for key, config in configs.items():
+                config._attn_implementation = names[key]
+
+
+def _to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _attentions_of(model: nn.Module, outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+    found = {name: outputs.get(name) for name in MASKS}
+    found = {name: layers for name, layers in found.items() if layers}
+    if not found or any(weights is None for layers in found.values() for weights in layers):
+        raise ValueError(
+            f"{type(transformers_model(model)).__name__} does not return attention weights for "
+            "output_attentions=True, so there is nothing to measure."
+        )
+    return found
+
+
+def _measure(name: str, weights: Tensor, batch: Mapping[str, Any], top_k: int) -> tuple[Tensor, int]:
+    """Sums of the measures over the real queries, `(4, heads)`, and how many queries those are."""
+    if not weights.isfinite().all():
+        raise ValueError(f"`{name}` holds weights that are not finite: the model's outputs are broken already.")
+    queries, keys = (
+        _real_tokens(name, mask, batch, weights, dim) for mask, dim in zip(MASKS[name], (2, 3), strict=True)
+    )
+    magnitude = weights.double().abs()
+    shares = magnitude / magnitude.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    first = keys.int().argmax(dim=-1).view(-1, 1, 1, 1).expand(*shares.shape[:-1], 1)
+    measures = (
+        torch.special.entr(shares).sum(dim=-1),
+        shares.gather(-1, first).squeeze(-1),
+        shares.topk(min(top_k, shares.shape[-1])).values.sum(dim=-1),
+        weights.double().sum(dim=-1),
+    )
+    sums = torch.stack([(measure * queries[:, None]).sum(dim=(0, 2)) for measure in measures])
+    return sums.cpu(), int(queries.sum())
+
+
+def _real_tokens(name: str, mask_name: str, batch: Mapping[str, Any], weights: Tensor, dim: int) -> Tensor:
+    """Which tokens on one side of the weights are no padding, `(B, Q)` or `(B, K)`."""
+    mask, shape = batch.get(mask_name), (weights.shape[0], weights.shape[dim])
+    if mask is None or mask.dim() != 2:
+        return torch.ones(shape, dtype=torch.bool, device=weights.device)
+    if mask.shape != shape:
+        raise ValueError(
+            f"`{mask_name}` is {tuple(mask.shape)} and `{name}` are weights of {shape} tokens: which of them are "
+            "padding is unknown. Expected masks of the sequences that the model attends between, without a cache."
+        )
+    return mask.to(weights.device).bool()
