@@ -129,6 +129,12 @@ class AffineScaling(Reweighting):
         return self._rescaled(states, call, attend)
 
     def _rescaled(self, states: torch.Tensor, call: AttentionCall, attend: Attend) -> Attended:
+        if self.average.dtype != torch.float32:
+            raise RuntimeError(
+                f"The moving average of {type(call.module).__name__} must stay float32, and something cast it to "
+                f"{self.average.dtype}, in which it would stop moving. Under FSDP set buffer_dtype=torch.float32 in "
+                "MixedPrecision; FSDP2 and autocast leave buffers alone."
+            )
         logits = _project(states, self.weight)  # (B, Q, H)
         alpha = affine_scale(logits, activation=self.config.activation, init=self.config.init)
         if call.module.training and not is_recomputing():

@@ -115,18 +115,18 @@ def _like(default: Any, value: Any) -> Any:
     return type(default)(value) if isinstance(default, int | float) else value
 
 
-def build(name: str, attn_implementation: str | None = None, attention_drop: Any = None) -> PreTrainedModel:
-    """Builds an architecture, with the same weights every time.
+def build(name: str, attn_implementation: str | None = None, **entries: Any) -> PreTrainedModel:
+    """Builds an architecture, with the same weights every time, but for those of a learned method.
 
     Args:
         name: key of `ARCHITECTURES`.
         attn_implementation: by default what stock Transformers takes.
-        attention_drop: goes into the config.
+        entries: go into the config, `attention_drop` or `attention_reweighting`.
     """
     architecture = ARCHITECTURES[name]
     config = tiny_config(CONFIG_MAPPING[architecture.model_type], architecture.config)
-    if attention_drop is not None:
-        config.attention_drop = attention_drop
+    for key, value in entries.items():
+        setattr(config, key, value)
     torch.manual_seed(0)
     return model_class(name)._from_config(config, attn_implementation=attn_implementation)
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from docs.generate_support_table import support_document
-from hf_attentiondrop import AttentionDropConfig, configure, report
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
 
 from .architectures import ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
 
@@ -53,6 +53,14 @@ SILENT = """
     mpnet longformer big_bird led bloom codegen mpt blip convbert layoutlmv3 rembert luke nystromformer roformer xglm
     deberta deberta-v2 swinv2 wavlm xlnet reformer prophetnet
 """
+
+# Their attention modules keep to themselves what they are called with, so that no hidden states reach the attention.
+NOT_REWEIGHTED = "aimv2 gemma3 idefics2 idefics3 paligemma siglip siglip2 videomae".split()
+# Their vision towers attend to pieces of a sequence, or run a config of their own: the first forward pass stops.
+STOPPED_REWEIGHTING = "idefics qwen2_vl qwen2_5_vl qwen3_vl".split()
+REWEIGHTED = [name for name in SUPPORTED if name not in NOT_REWEIGHTED + STOPPED_REWEIGHTING]
+# Parts of them get no gradient as yet: queries that start at zero, and towers whose last layer is not used.
+PARTLY_AT_REST = "blip-2 conditional_detr detr llava maskformer mllama".split()
 
 
 def _cases(names: list[str]) -> Any:
@@ -101,7 +109,7 @@ def _differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 
 
 def _trained_with(name: str, drop: AttentionDropConfig) -> PreTrainedModel:
-    return build(name, "attentiondrop", drop).train()
+    return build(name, "attentiondrop", attention_drop=drop).train()
 
 
 def test_the_sweep_does_not_shrink() -> None:
@@ -125,7 +133,7 @@ def test_what_cannot_work_is_refused_when_built(name: str) -> None:
 
 @_cases(SUPPORTED)
 def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
-    stock, model = build(name).eval(), build(name, "attentiondrop", HARD).eval()
+    stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=HARD).eval()
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
     if stock.config._attn_implementation == "sdpa":
@@ -184,6 +192,37 @@ def test_no_token_feels_padding(name: str, drop: AttentionDropConfig) -> None:
     if "decoder_input_ids" not in inputs:
         before, after = before[real], after[real]
     assert_close(after, before, **TOLERANCE)
+
+
+def _reweighted(name: str) -> PreTrainedModel:
+    return build(name, "affine_scaled", attention_reweighting=AffineScaledConfig(gate=True))
+
+
+@_cases(REWEIGHTED)
+def test_reweighting_starts_as_the_base_and_learns(name: str) -> None:
+    base, model = build(name, "attentiondrop").eval(), _reweighted(name).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    inputs = tiny_inputs(name, model)
+    assert not _differ(_run(base, inputs), _run(model, inputs))
+    outputs = _float_tensors("", model.train()(**inputs))
+    sum(value.square().sum() for _, value in outputs if value.requires_grad).backward()
+    learned = {key: weight.grad for key, weight in model.named_parameters() if "reweighting" in key}
+    alive = {key for key, gradient in learned.items() if gradient is not None and gradient.any()}
+    assert len({key.partition(".reweighting")[0] for key in learned}) == len(report(model).rows)
+    assert alive and (alive == set(learned) or name in PARTLY_AT_REST)
+
+
+@_cases(NOT_REWEIGHTED)
+def test_what_cannot_be_reweighted_is_refused_when_built(name: str) -> None:
+    with pytest.raises(ValueError, match="does not hand its keyword arguments over"):
+        _reweighted(name)
+
+
+@_cases(STOPPED_REWEIGHTING)
+def test_what_cannot_be_reweighted_stops(name: str) -> None:
+    model = _reweighted(name)
+    with pytest.raises((ValueError, RuntimeError), match="learned weights"):
+        model(**tiny_inputs(name, model))
 
 
 @_cases(SUPPORTED)

@@ -394,6 +394,7 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
         do_sample=False,
         num_beams=num_beams,
         output_logits=True,
+        output_scores=True,
         return_dict_in_generate=True,
     )
     if num_beams == 1:
@@ -408,9 +409,28 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
         seen = cached.isfinite()
         torch.testing.assert_close(cached[seen], full[seen], rtol=0, atol=1e-5)
     uncached = model.generate(
-        **batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=num_beams, use_cache=False
+        **batch,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        num_beams=num_beams,
+        use_cache=False,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
-    assert torch.equal(generated.sequences, uncached)
+    assert torch.equal(generated.sequences, uncached.sequences)
+    if num_beams > 1:
+        torch.testing.assert_close(generated.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(generated.scores, uncached.scores, rtol=0, atol=1e-5)
+
+
+def test_an_average_that_was_cast_is_refused() -> None:
+    """FSDP's MixedPrecision(buffer_dtype=torch.bfloat16) casts what no `.to()` does."""
+    model, batch = build_reweighted("bert"), inputs("bert")
+    reweighting = next(module for module in model.modules() if hasattr(module, "average"))
+    reweighting.average = reweighting.average.bfloat16()
+    with pytest.raises(RuntimeError, match="must stay float32, and something cast it to torch.bfloat16"):
+        model(**batch)
 
 
 def test_returned_weights_are_affine() -> None:

@@ -291,3 +291,15 @@ def test_missing_and_misplaced_states_are_refused() -> None:
     del module.reweighting
     with pytest.raises(RuntimeError, match="without learned weights"):
         run(module, case, states_of(case), *case.tensors())
+
+
+def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
+    """The sink's own column of the dropout mask is not in the definition, so no single draw can be compared."""
+    case = next(case for case in CASES if "causal" in case.name)
+    module = make_reweighted(case, REWEIGHTINGS["sink"])
+    leaves = (states_of(case), *case.tensors())
+    expected, _ = run(module, case, *leaves)
+    draws = torch.stack([run(module, case, *leaves, dropout=0.5)[0] for _ in range(2000)])
+    error = (draws.mean(dim=0) - expected).abs()
+    assert draws.std(dim=0).amax() > 0.1
+    assert (error <= 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-12).all()
