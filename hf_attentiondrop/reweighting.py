@@ -121,6 +121,8 @@ class AffineScaling(Reweighting):
 
     @property
     def summary(self) -> str:
+        if self.average.is_meta:  # Built without weights: there is no average yet.
+            return super().summary
         return f"{super().summary} average={self.average.mean().item():.4f}"
 
     def forward(self, states: torch.Tensor, call: AttentionCall, attend: Attend) -> Attended:

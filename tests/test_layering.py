@@ -27,7 +27,8 @@ ALLOWED = {
     "consistency": {"losses"},
     "recording": {"consistency"},
     "training_args": {"losses"},
-    "evaluation": {"registration", "sites"},
+    "evaluation": {"configuration", "registration", "sites"},
+    "cli": {"attention", "configuration", "registration", "report", "sites"},
     "trainer": {"consistency", "doubling", "recording", "training_args"},
 }
 

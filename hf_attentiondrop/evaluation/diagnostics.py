@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..registration import FUNCTIONS, transformers_model
 from ..sites import attention_modules, configs_of
+from .running import buffers_kept, mode, to_device_of
 
 
 SHOWS_WEIGHTS = ("eager", *FUNCTIONS)
@@ -131,7 +132,7 @@ def attention_statistics(
     with _showing_weights(model), torch.no_grad():
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if "labels" not in name}
-            outputs = model(**_to_device_of(model, inputs), output_attentions=True)
+            outputs = model(**to_device_of(model, inputs), output_attentions=True)
             for name, layers in _attentions_of(model, outputs).items():
                 measured = [_measure(name, weights, batch, top_k) for weights in layers]
                 count = torch.tensor([count for _, count in measured])
@@ -177,9 +178,9 @@ def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Gr
         raise ValueError("The model has no weights to train, so it has no gradients: expected requires_grad on some.")
     means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     count, squares = 0, 0.0
-    with _mode_kept(model, training=True), _buffers_kept(model), torch.enable_grad():
+    with mode(model, training=True), buffers_kept(model), torch.enable_grad():
         for batch in batches:
-            loss = getattr(model(**_to_device_of(model, batch)), "loss", None)
+            loss = getattr(model(**to_device_of(model, batch)), "loss", None)
             if loss is None or not loss.isfinite().item():
                 raise ValueError(f"Expected a finite loss from a batch with labels, got {loss!r}: it has no gradient.")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -219,35 +220,13 @@ def gradient_norms(norms: Sequence[float]) -> GradientNorms:
 
 
 @contextmanager
-def _mode_kept(model: nn.Module, *, training: bool) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    # A forward pass in training mode moves running averages.
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        yield
-    finally:
-        for buffer, value in buffers.items():
-            buffer.copy_(value)
-
-
-@contextmanager
 def _showing_weights(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with an attention that returns its weights."""
     base = transformers_model(model)
     configs = {id(config): config for config in configs_of(base.config)}
     configs |= {id(module.config): module.config for _, module in attention_modules(base)}
     names = {key: config._attn_implementation for key, config in configs.items()}
-    with _mode_kept(model, training=False):
+    with mode(model, training=False):
         try:
             for key, config in configs.items():
                 if names[key] not in SHOWS_WEIGHTS:
@@ -256,11 +235,6 @@ def _showing_weights(model: nn.Module) -> Iterator[None]:
         finally:
             for key, config in configs.items():
                 config._attn_implementation = names[key]
-
-
-def _to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _attentions_of(model: nn.Module, outputs: Any) -> dict[str, tuple[Tensor, ...]]:

@@ -1,0 +1,181 @@
+"""The command line `hf-attentiondrop`: what a user wants to know without writing code.
+
+A command is a function that takes the parsed arguments and returns the exit code, and one that declares it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .attention import NAME
+from .configuration import AttentionDropConfig
+from .registration import FUNCTIONS
+from .report import report
+from .sites import configs_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the message says what, and what can."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
+
+    Returns:
+        `int`: the exit code: 0, or what the command says, or 2 for input that cannot be used.
+
+    Raises:
+        SystemExit: from argparse, with code 2 for arguments that do not parse and 0 after `--help`.
+    """
+    parser = argparse.ArgumentParser(prog="hf-attentiondrop", description="AttentionDrop for Transformers models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for declare in COMMANDS:
+        declare(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        _print_error(error)
+        return 2
+
+
+def declare_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="show what would be applied where in a model, or why it is refused",
+        description="Shows what would be applied to which attention module of a model, or why it is refused (exit "
+        "code 1). Reads its config alone: no weights are needed, downloaded or loaded.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder with a config.json, the path of one, or a model on the Hub"
+    )
+    parser.add_argument(
+        "--attn_implementation",
+        choices=list(FUNCTIONS),
+        help=f"by default the one that a checkpoint with learned reweighting was saved with, otherwise {NAME}",
+    )
+    parser.add_argument(
+        "--attention_drop",
+        type=_attention_drop,
+        metavar="JSON",
+        help='the fields of AttentionDropConfig, such as \'{"variant": "blur"}\'; by default those of the config',
+    )
+    parser.set_defaults(run=check)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prints the report of a model that is built without weights, or its refusal."""
+    from transformers import logging
+
+    logging.set_verbosity_error()  # Warnings about weights and token ids say nothing about attention.
+    config = _load_config(arguments.model)
+    if arguments.attention_drop is not None:
+        config.attention_drop = arguments.attention_drop
+    try:
+        model = _build_without_weights(config, arguments.attn_implementation or _own_implementation(config))
+    except ValueError as refusal:
+        _print_error(refusal)
+        return 1
+    print(report(model))
+    return 0
+
+
+COMMANDS = (declare_check,)
+
+
+def _print_error(error: Exception) -> None:
+    print(f"hf-attentiondrop: error: {_one_line(error)}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _attention_drop(text: str) -> AttentionDropConfig:
+    try:
+        return AttentionDropConfig.from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON such as '{{\"p\": 0.2}}', got {text!r}: {error}.") from None
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(_one_line(error)) from None
+
+
+def _load_config(name: str) -> "PreTrainedConfig":
+    """The config of a model, and nothing else of it."""
+    from transformers import AutoConfig
+
+    path = Path(name)
+    expected = "MODEL: expected a folder with a config.json, the path of one, or a model on the Hub"
+    if path.is_dir() and not (path / "config.json").is_file():
+        is_adapter = (path / "adapter_config.json").is_file()
+        hint = " It holds a PEFT adapter: check the model that the adapter was trained on." if is_adapter else ""
+        raise InputError(f"{expected}; the folder {name!r} has no config.json.{hint}")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise InputError(f"{expected}; there is nothing at {name!r}.")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # A file can hold anything, and every config class has its own way to fail on it.
+        raise InputError(f"{expected}; {name!r} cannot be read as one: {_one_line(error)}") from error
+
+
+def _own_implementation(config: "PreTrainedConfig") -> str | dict[str, str] | None:
+    """The implementation to build a model with where none was asked for; `None` is the recorded one."""
+    if any(part._attn_implementation in FUNCTIONS for part in configs_of(config)):
+        return None
+    return config.attention_reweighting.method if config.attention_reweighting else NAME
+
+
+def _build_without_weights(config: "PreTrainedConfig", implementation: str | None) -> "PreTrainedModel":
+    """Builds a model on the meta device, where a tensor has a shape and no values.
+
+    Raises:
+        ValueError: if the model is refused.
+        InputError: if there is no model to such a config.
+    """
+    import torch
+
+    options = {} if implementation is None else {"attn_implementation": implementation}
+    model_class = _model_class(config)
+    try:
+        with torch.device("meta"):
+            return model_class._from_config(config, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # Wrong values fail in the middle of some layer, and as anything.
+        raise InputError(
+            f"MODEL: no {model_class.__name__} can be built from this config, so there is nothing to check: "
+            f"{type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _model_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
+    """The class that a checkpoint was saved from, otherwise the base model of its type."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    name = next(iter(config.architectures or []), "")
+    saved = getattr(transformers, name, None)
+    if isinstance(saved, type) and isinstance(config, getattr(saved, "config_class", None) or ()):
+        return saved
+    if type(config) not in MODEL_MAPPING:
+        raise InputError(
+            f"MODEL: Transformers has no model class for model_type={config.model_type!r} with architectures="
+            f"{config.architectures}, so there is nothing to check. Name one of its classes under `architectures` in "
+            "config.json, or upgrade Transformers."
+        )
+    base = MODEL_MAPPING[type(config)]
+    return base[0] if isinstance(base, tuple) else base
+
+
+if __name__ == "__main__":
+    sys.exit(main())
