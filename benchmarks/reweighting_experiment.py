@@ -19,7 +19,7 @@ from consistency_loss import processor
 from experiments import CONFIDENCE, cell, run_recipe, summarize, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attentiondrop.evaluation.diagnostics import attention_statistics, gradient_norms
+from hf_attentiondrop.evaluation.diagnostics import SPIKE_FACTOR, SPIKE_WINDOW, attention_statistics, gradient_norms
 
 
 METHODS = {
@@ -85,23 +85,25 @@ def table(summary: list[dict[str, Any]], runs: list[dict[str, Any]], setup: dict
         "",
         f"The language-model recipe's LLaMA ({base['parameters']:,} parameters) on Python's documentation, "
         f"{base['steps']} steps, without AttentionDrop and consistency; the same data in all runs. Gradient norms are "
-        f"those of the first {setup['first_steps']} steps, before clipping. First-token mass and entropy are "
+        f"those of the first {setup['first_steps']} steps, before clipping; a spike, counted over all steps and seeds, "
+        f"is a norm above {SPIKE_FACTOR:g} times the median of the {SPIKE_WINDOW} before it. First-token mass and entropy are "
         f"means over layers, heads and queries, in {MEASURED_BLOCKS} held-out blocks of {BLOCK_SIZE} tokens; those "
         "of affine scaling are of the absolute weights, brought to a sum of 1.",
         "",
         f"Means over {len(setup['seeds'])} seeds ± half of the {CONFIDENCE:.0%} interval by the t-distribution; "
         f"in italics the difference from {summary[0]['method']}, paired by seed.",
         "",
-        "| method | extra parameters | " + " | ".join(MEASURES.values()) + " |",
-        "|---|---:|" + "---:|" * len(MEASURES),
+        "| method | extra parameters | spikes | " + " | ".join(MEASURES.values()) + " |",
+        "|---|---:|---:|" + "---:|" * len(MEASURES),
     ]
     for row in summary:
-        extra = next(run["extra_parameters"] for run in runs if run["method"] == row["method"])
+        group = [run for run in runs if run["method"] == row["method"]]
+        extra, spikes = group[0]["extra_parameters"], sum(run["gradient_norm_spikes"] for run in group)
         cells = [cell(row[measure]) for measure in MEASURES]
-        lines.append(f"| {row['method']} | {extra:,} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['method']} | {extra:,} | {spikes} | " + " | ".join(cells) + " |")
         if row is not summary[0]:
             cells = [f"*{cell(row[measure]['difference'], '+')}*" for measure in MEASURES]
-            lines.append("| | | " + " | ".join(cells) + " |")
+            lines.append("| | | | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
