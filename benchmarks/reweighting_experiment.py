@@ -85,10 +85,10 @@ def table(summary: list[dict[str, Any]], runs: list[dict[str, Any]], setup: dict
         "",
         f"The language-model recipe's LLaMA ({base['parameters']:,} parameters) on Python's documentation, "
         f"{base['steps']} steps, without AttentionDrop and consistency; the same data in all runs. Gradient norms are "
-        f"those of the first {setup['first_steps']} steps, before clipping; a spike, counted over all steps and seeds, "
-        f"is a norm above {SPIKE_FACTOR:g} times the median of the {SPIKE_WINDOW} before it. First-token mass and entropy are "
-        f"means over layers, heads and queries, in {MEASURED_BLOCKS} held-out blocks of {BLOCK_SIZE} tokens; those "
-        "of affine scaling are of the absolute weights, brought to a sum of 1.",
+        f"those of the first {setup['first_steps']} steps, before clipping; a spike, counted over all steps and "
+        f"seeds, is a norm above {SPIKE_FACTOR:g} times the median of the {SPIKE_WINDOW} before it. First-token mass "
+        f"and entropy are means over layers, heads and queries, in {MEASURED_BLOCKS} held-out blocks of {BLOCK_SIZE} "
+        "tokens; those of affine scaling are of the absolute weights, brought to a sum of 1.",
         "",
         f"Means over {len(setup['seeds'])} seeds ± half of the {CONFIDENCE:.0%} interval by the t-distribution; "
         f"in italics the difference from {summary[0]['method']}, paired by seed.",

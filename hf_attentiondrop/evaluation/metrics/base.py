@@ -1,0 +1,69 @@
+"""What the metric modules share: one input format, its checks, and one set of options."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor
+
+from hf_attentiondrop.evaluation.items import check_not_empty, select_items
+
+
+AVERAGES = ("macro", "micro", "weighted", "binary")
+INPUTS = """
+Args:
+    predictions: logits of the classes, `(N, C)`; neither probabilities nor predicted classes.
+    references: numbers of the right classes, `(N,)`; items of class -100 count for nothing.
+    average (`str`, defaults to `"macro"`): how F1 is averaged over the classes, as in scikit-learn.
+    num_bins (`int`, defaults to 15): number of bins of the calibration error.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compute` may be given. Combined metrics hand every option to each metric, which uses its own.
+
+    Args:
+        average (`str`, defaults to `"macro"`): `"macro"`, `"micro"`, `"weighted"` or `"binary"`, for F1.
+        num_bins (`int`, defaults to 15): for the calibration error.
+    """
+
+    average: str = "macro"
+    num_bins: int = 15
+
+    def __post_init__(self) -> None:
+        if self.average not in AVERAGES:
+            raise ValueError(f"`average` must be one of {AVERAGES}, got {self.average!r}.")
+
+
+class LogitsMetric(evaluate.Metric, ABC):
+    """A metric of logits and labels.
+
+    It must stay abstract: `evaluate` takes the first concrete metric among the names of a module for the module's own.
+    """
+
+    @abstractmethod
+    def score(self, logits: Tensor, labels: Tensor, options: Options) -> float:
+        """The metric of checked items: logits `(N, C)` and labels `(N,)`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.List(datasets.Value("float32")),
+                    "references": datasets.Value("int64"),
+                }
+            ),
+        )
+
+    def _compute(
+        self, predictions: list[list[float]], references: list[int], **options: str | int
+    ) -> dict[str, float]:
+        logits, labels = select_items(torch.tensor(predictions, dtype=torch.float32), torch.tensor(references))
+        check_not_empty(len(labels))
+        return {self.name: float(self.score(logits, labels, Options(**options)))}

@@ -1,0 +1,262 @@
+"""Pictures of what was measured, 600 pixels wide: calibration, robustness, attention entropy, training.
+
+Each function returns a `matplotlib.figure.Figure` of its own; pyplot and its state are not involved, and no backend is
+needed. `figure.savefig("name.png")` writes it. Colours are those of Okabe and Ito, and cividis, which people with any
+colour vision can tell apart; lines differ in their markers as well.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .calibration import ReliabilityBins
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
+LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v"))
+INCHES, DOTS_PER_INCH = 6.0, 100
+# Where a bin is narrower, as that of confidence 1 is, its bar is drawn with this width.
+MIN_BAR = 0.015
+# Normal quantile of a 95 % interval.
+QUANTILE = 1.959964
+# With more heads the numbers in the cells of a heat map would touch.
+MAX_NUMBERED_HEADS = 12
+
+
+def _figure(height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install hf-attentiondrop[plots]`.") from error
+    return Figure(figsize=(INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def _legend_below(figure: "Figure", axes: "Axes") -> None:
+    """A legend that covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "Figure":
+    """Accuracy against confidence, above a histogram of the confidences.
+
+    Args:
+        bins ([`ReliabilityBins`]): see [`~evaluation.calibration.reliability`].
+        title (`str`, defaults to `"Reliability"`): what was measured.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+        ValueError: where there is no bin.
+    """
+    count = np.asarray(bins.count)
+    if count.sum() == 0:
+        raise ValueError("Expected bins with items, got none: there is nothing to draw.")
+    lower, width = np.asarray(bins.lower), np.maximum(np.asarray(bins.upper - bins.lower), MIN_BAR)
+    confidence, accuracy = np.asarray(bins.confidence), np.asarray(bins.accuracy)
+    figure = _figure(6.0)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    above.bar(lower, accuracy, width, color=BLUE, label="accuracy", **bar)
+    above.bar(
+        lower, accuracy - confidence, width, confidence, align="edge", label="gap to confidence",
+        facecolor="none", edgecolor=VERMILION, hatch="////", linewidth=0.8,
+    )  # fmt: skip
+    above.plot((0, 1), (0, 1), "--", color=GREY, label="perfect calibration")
+    above.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1 + 1.5 * MIN_BAR))
+    of_items = f"n = {_plural(int(count.sum()), 'item')} in {_plural(len(count), 'bin')}"
+    figure.suptitle(f"{title}: ECE {bins.expected_error:.3f}, {of_items}")
+    _legend_below(figure, above)
+    below.bar(lower, count / count.sum(), width, color=GREY, **bar)
+    below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of items")
+    for axes in (above, below):
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def wilson_interval(share: ArrayLike, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval of a share, which unlike the common one is right at 0 and 1 and for few items.
+
+    Args:
+        share (`array` of any shape): observed share, in [0, 1].
+        count (`int`): number of independent items, at least 1.
+
+    Returns:
+        `tuple`: lower and upper ends, in the shape of the shares.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+
+    Example:
+
+    >>> low, high = wilson_interval(1.0, 10)
+    >>> round(float(low), 3), float(high)
+    (0.722, 1.0)
+    """
+    share, weight = np.asarray(share, dtype=float), QUANTILE**2 / count
+    centre = (share + weight / 2) / (1 + weight)
+    half = np.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
+    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
+
+
+def robust_accuracy_curve(
+    accuracies: Mapping[str, Mapping[float, float]],
+    num_samples: int,
+    in_pixels: bool = True,
+    title: str = "Robust accuracy",
+) -> "Figure":
+    """Accuracy under attack against its strength, with 95 % Wilson intervals.
+
+    Args:
+        accuracies (`dict`): of each attack's name, accuracy in [0, 1] by ε; ε = 0 is the clean accuracy.
+        num_samples (`int`): number of samples that each accuracy is a share of.
+        in_pixels (`bool`, defaults to `True`): whether ε refers to pixels in [0, 1] and is shown in units of 1/255.
+        title (`str`, defaults to `"Robust accuracy"`): what was attacked.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+        ValueError: where there is no attack, no strength or no sample, and for numbers out of range.
+    """
+    if not accuracies or not all(accuracies.values()) or num_samples < 1:
+        raise ValueError(
+            f"Expected at least one attack, one ε for each, and one sample, got {dict(accuracies)} over {num_samples} "
+            "samples: there is nothing to draw."
+        )
+    if len(accuracies) > len(LINES):
+        raise ValueError(f"Expected at most {len(LINES)} attacks, got {len(accuracies)}: more cannot be told apart.")
+    for name, curve in accuracies.items():
+        for epsilon, accuracy in curve.items():
+            if not (0 <= accuracy <= 1 and 0 <= epsilon < math.inf):
+                raise ValueError(f"Expected ε ≥ 0 and accuracies in [0, 1], got {accuracy} at ε = {epsilon} ({name}).")
+    figure = _figure(4.0)
+    axes = figure.subplots()
+    unit = 255 if in_pixels else 1
+    for (name, curve), (color, marker) in zip(accuracies.items(), LINES, strict=False):
+        epsilons = sorted(curve)
+        values = np.array([curve[epsilon] for epsilon in epsilons])
+        low, high = wilson_interval(values, num_samples)
+        axes.errorbar(
+            unit * np.array(epsilons), values, (values - low, high - values),
+            color=color, marker=marker, capsize=3, label=name,
+        )  # fmt: skip
+    axes.set(
+        xlabel="perturbation ε (1/255 of the pixel range)" if in_pixels else "perturbation ε (embedding units)",
+        ylabel=f"accuracy (n = {_plural(num_samples, 'sample')})",
+        ylim=(-0.02, 1.02),
+    )
+    strongest = unit * max(max(curve) for curve in accuracies.values()) or 1.0
+    axes.set_xlim(-0.03 * strongest, 1.03 * strongest)
+    axes.grid(alpha=0.3)
+    figure.suptitle(f"{title}, with 95 % intervals")
+    _legend_below(figure, axes)
+    return figure
+
+
+def attention_entropy_map(
+    entropy: ArrayLike,
+    stack: str = "",
+    uniform_entropy: float | None = None,
+    num_samples: int | None = None,
+) -> "Figure":
+    """The entropy of the attention of each head in one stack of layers; a model with two stacks has two maps.
+
+    Args:
+        entropy (`array` of shape `(layers, heads)`): in nats.
+        stack (`str`, *optional*): name of the stack, such as `"encoder_self"`.
+        uniform_entropy (`float`, *optional*):
+            Entropy of attention that is spread evenly, the upper end of the colours; the largest value by default.
+        num_samples (`int`, *optional*): number of samples that the entropies are means over.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+        ValueError: for another shape, and for entropies that are negative or not finite.
+    """
+    values = np.asarray(entropy, dtype=float)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"Expected entropies of shape (layers, heads), got {values.shape}: pass one stack at a time.")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(
+            "Expected entropies in nats, at least 0 and finite, got others: the attention weights they were computed "
+            "from did not sum to 1, or a query saw no key."
+        )
+    layers, heads = values.shape
+    figure = _figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
+    axes = figure.subplots()
+    top = uniform_entropy or values.max() or 1.0
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    figure.colorbar(image, ax=axes, label="entropy (nats)")
+    axes.set(xlabel="head", ylabel="layer")
+    about = f" of {stack}" if stack else ""
+    about += "" if num_samples is None else f" (n = {_plural(num_samples, 'sample')})"
+    figure.suptitle(f"Attention entropy{about}")
+    axes.set_xticks(range(0, heads, 1 + heads // 20))
+    axes.set_yticks(range(0, layers, 1 + layers // 25))
+    if heads <= MAX_NUMBERED_HEADS:
+        for (layer, head), value in np.ndenumerate(values):
+            color = "black" if value > 0.55 * top else "white"
+            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def _series(log_history: Iterable[Mapping[str, float]], name: str) -> tuple[Sequence[float], Sequence[float]]:
+    entries = (entry for entry in log_history if name in entry and "step" in entry)
+    points = {entry["step"]: entry[name] for entry in entries if math.isfinite(entry[name])}
+    return list(points), list(points.values())
+
+
+def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Training") -> "Figure":
+    """The losses of a training run, and the consistency term below them where there was one.
+
+    Args:
+        log_history (`list` of `dict`):
+            `trainer.state.log_history`: `loss` is the sum that was minimised, `task_loss` and `consistency_loss` are
+            its parts, the latter before its weight, and `eval_loss` is the loss on held-out data. Values that are not
+            finite are left out.
+        title (`str`, defaults to `"Training"`): which run it is.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+        ValueError: where no finite loss was logged.
+    """
+    losses = {
+        "loss": ("training loss", GREY, "."),
+        "task_loss": ("task loss", BLUE, "o"),
+        "eval_loss": ("evaluation loss", ORANGE, "D"),
+    }
+    series = {name: _series(log_history, name) for name in (*losses, "consistency_loss")}
+    if not any(series[name][0] for name in losses):
+        raise ValueError(
+            f"Expected a log with finite values of at least one of {tuple(losses)}, got none: nothing was logged "
+            "before the end, or the run diverged. Lower `logging_steps`, and pass `trainer.state.log_history`."
+        )
+    has_term = bool(series["consistency_loss"][0])
+    figure = _figure(5.0 if has_term else 3.6)
+    panels = figure.subplots(1 + has_term, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_term])[:, 0]
+    for name, (label, color, marker) in losses.items():
+        if series[name][0]:
+            panels[0].plot(*series[name], color=color, marker=marker, markersize=4, label=label)
+    panels[0].set_ylabel("loss (nats)")
+    figure.suptitle(title)
+    _legend_below(figure, panels[0])
+    if has_term:
+        panels[1].plot(*series["consistency_loss"], color=VERMILION, marker="s", markersize=4)
+        panels[1].set(ylabel="consistency loss\n(nats)")
+    logged = max(len(steps) for steps, _ in series.values())
+    panels[-1].set_xlabel(f"optimizer step (n = {_plural(logged, 'logged point')})")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        bottom, top = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom, top + 0.08 * ((top - bottom) or 1.0))
+    return figure
