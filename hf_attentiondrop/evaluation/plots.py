@@ -167,25 +167,26 @@ def attention_entropy_map(
     entropy: ArrayLike,
     stack: str = "",
     uniform_entropy: float | None = None,
-    num_samples: int | None = None,
+    num_queries: int | None = None,
 ) -> "Figure":
     """The entropy of the attention of each head in one stack of layers; a model with two stacks has two maps.
 
     Args:
-        entropy (`array` of shape `(layers, heads)`): in nats.
+        entropy (`array` of shape `(layers, heads)`): in nats, NaN for a head that a layer does not have.
         stack (`str`, *optional*): name of the stack, such as `"encoder_self"`.
         uniform_entropy (`float`, *optional*):
             Entropy of attention that is spread evenly, the upper end of the colours; the largest value by default.
-        num_samples (`int`, *optional*): number of samples that the entropies are means over.
+        num_queries (`int`, *optional*): number of queries that the entropies are means over.
 
     Raises:
         ImportError: where matplotlib is missing.
-        ValueError: for another shape, and for entropies that are negative or not finite.
+        ValueError: for another shape, and for entropies that are negative, infinite, or all NaN.
     """
     values = np.asarray(entropy, dtype=float)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"Expected entropies of shape (layers, heads), got {values.shape}: pass one stack at a time.")
-    if not np.isfinite(values).all() or (values < 0).any():
+    there = values[~np.isnan(values)]
+    if there.size == 0 or not np.isfinite(there).all() or (there < 0).any():
         raise ValueError(
             "Expected entropies in nats, at least 0 and finite, got others: the attention weights they were computed "
             "from did not sum to 1, or a query saw no key."
@@ -193,19 +194,28 @@ def attention_entropy_map(
     layers, heads = values.shape
     figure = _figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
     axes = figure.subplots()
-    top = uniform_entropy or values.max() or 1.0
+    top = uniform_entropy or there.max() or 1.0
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
     figure.colorbar(image, ax=axes, label="entropy (nats)")
     axes.set(xlabel="head", ylabel="layer")
     about = f" of {stack}" if stack else ""
-    about += "" if num_samples is None else f" (n = {_plural(num_samples, 'sample')})"
+    if num_queries is not None:
+        about += f" (n = {num_queries:,} {'query' if num_queries == 1 else 'queries'})"
     figure.suptitle(f"Attention entropy{about}")
     axes.set_xticks(range(0, heads, 1 + heads // 20))
     axes.set_yticks(range(0, layers, 1 + layers // 25))
     if heads <= MAX_NUMBERED_HEADS:
         for (layer, head), value in np.ndenumerate(values):
             color = "black" if value > 0.55 * top else "white"
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+            axes.text(
+                head,
+                layer,
+                "" if np.isnan(value) else f"{value:.2f}",
+                ha="center",
+                va="center",
+                color=color,
+                fontsize=8,
+            )
     return figure
 
 

@@ -127,7 +127,7 @@ def test_the_entropy_map_shows_layers_down_and_heads_across() -> None:
     figure = attention_entropy_map(values, "encoder_self", 7.0, 4)
     (image,) = figure.axes[0].get_images()
     assert np.array_equal(image.get_array(), values) and image.get_clim() == (0, 7)
-    assert "encoder_self (n = 4 samples)" in text_of(figure) and "nats" in text_of(figure)
+    assert "encoder_self (n = 4 queries)" in text_of(figure) and "nats" in text_of(figure)
 
 
 def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
@@ -154,6 +154,12 @@ def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
     assert lines["training loss"].get_xdata().tolist() == [1, 2, 3, 4]
     assert lines["evaluation loss"].get_xdata().tolist() == [2, 4]
     assert term.get_lines()[0].get_ydata().tolist() == [e["consistency_loss"] for e in history if "task_loss" in e]
+
+
+def test_heads_that_a_layer_does_not_have_stay_empty() -> None:
+    axes = attention_entropy_map([[1.0, math.nan], [0.5, 2.0]], num_queries=1).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.00", "", "0.50", "2.00"]
+    assert "n = 1 query" in axes.figure.get_suptitle()
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
@@ -194,6 +200,7 @@ BAD = {
     "one_dimension": (lambda: attention_entropy_map([1.0, 2.0]), r"\(layers, heads\), got \(2,\)"),
     "no_layers": (lambda: attention_entropy_map(np.empty((0, 4))), r"\(layers, heads\)"),
     "nan_entropy": (lambda: attention_entropy_map([[math.nan]]), "entropies in nats"),
+    "infinite_entropy": (lambda: attention_entropy_map([[math.inf, 1.0]]), "entropies in nats"),
     "negative_entropy": (lambda: attention_entropy_map([[-1.0]]), "entropies in nats"),
     "empty_log": (lambda: training_curves([]), "logging_steps"),
     "nothing_finite": (lambda: training_curves([{"step": 1, "loss": math.nan, "consistency_loss": 0.1}]), "finite"),

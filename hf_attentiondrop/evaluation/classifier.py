@@ -1,0 +1,206 @@
+"""A classifier as a whole: accuracy, calibration, robustness and attention, as figures and as pictures."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..registration import transformers_model
+from .adversarial import RobustAccuracy, robustness_curve
+from .attack import Attack
+from .calibration import ReliabilityBins, calibration_metrics, fit_temperature, reliability
+from .diagnostics import AttentionStatistics, attention_statistics
+from .perturbation_space import Normalization
+from .running import mode, to_device_of
+
+
+logger = logging.getLogger(__name__)
+
+PLOTS_FOLDER = "plots"
+# Attention weights are large, and their means settle soon.
+ATTENTION_BATCHES = 4
+PIXEL_EPSILON = 8 / 255
+# Shares of the largest perturbation.
+STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class ClassifierEvaluation:
+    """What was measured of a classifier.
+
+    Args:
+        metrics: all figures, in JSON types: `accuracy`, `samples`, `calibration`, and where they were measured
+            `robustness` and `attention`.
+        bins: confidence and accuracy of the samples.
+        curves: robust accuracy by epsilon, by the name of the attack; empty without attacks.
+        attention: statistics by stack; empty where the model shows no weights.
+    """
+
+    metrics: dict[str, Any]
+    bins: ReliabilityBins
+    curves: dict[str, tuple[RobustAccuracy, ...]]
+    attention: dict[str, AttentionStatistics]
+
+
+def evaluate_classifier(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    attacked_samples: int = 0,
+    normalization: Normalization | None = None,
+    seed: int = 0,
+) -> ClassifierEvaluation:
+    """Measures a classifier of images or texts on labelled data, in evaluation mode.
+
+    Calibration after temperature scaling is cross-fitted: the temperature of every other sample comes from those
+    between them, so that no sample is measured at a temperature that it helped to find. The reported temperature is
+    that of all samples.
+
+    Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: of images up to 8/255 of the
+    pixel range, of texts up to a tenth of the standard deviation of the embeddings.
+
+    Args:
+        model: a Transformers model with one label per sample, or a wrapper around one.
+        batches: inputs with `labels`, which can be gone through more than once, such as a `DataLoader`.
+        attacked_samples: how many samples to attack, the first ones; 0 for none. An attack takes some 35 forward and
+            backward passes for each of three epsilons.
+        normalization: of the images, which attacks need.
+        seed: of the random starts; torch's random state is left as it was.
+
+    Raises:
+        ValueError: for no data, labels or logits that do not fit, and as [`~evaluation.adversarial.attack_batch`].
+    """
+    logits, labels = predict(model, batches)
+    scores = {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "samples": len(labels)}
+    calibration: dict[str, Any] = calibration_metrics(logits, labels)
+    if len(labels) > 1:
+        calibration["temperature"] = fit_temperature(logits, labels)
+        calibration["after_temperature"] = calibration_metrics(cross_fitted(logits, labels), labels)
+    metrics = {**scores, "calibration": calibration}
+    curves, attention = {}, {}
+    if attacked_samples > 0:
+        curves, metrics["robustness"] = _attacked(model, batches, attacked_samples, normalization, seed)
+    try:
+        attention = attention_statistics(model, islice(batches, ATTENTION_BATCHES))
+        metrics["attention"] = {stack: measured.means() for stack, measured in attention.items()}
+    except ValueError as error:
+        logger.warning(f"Attention was not measured: {error}")
+    return ClassifierEvaluation(metrics, reliability(logits, labels), curves, attention)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Logits `(N, C)`, float32 at least, and labels `(N,)` of all batches, on the CPU.
+
+    Raises:
+        ValueError: for no batch, or batches without labels.
+    """
+    parts = []
+    with mode(model, training=False):
+        for batch in batches:
+            inputs = to_device_of(model, batch)
+            labels = inputs.pop("labels", None)
+            if labels is None:
+                raise ValueError(f"A batch must hold `labels` to measure against, got {sorted(batch)}.")
+            outputs = model(**inputs)
+            parts.append((outputs.logits.float().cpu(), labels.cpu()))
+    if not parts:
+        raise ValueError("Expected at least one batch to evaluate on, got none.")
+    logits, labels = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits `(N, C)` over temperatures that each half of the samples, the even and the odd, lends to the other."""
+    scaled = logits.clone()
+    for fitted in (0, 1):
+        temperature = fit_temperature(logits[fitted::2], labels[fitted::2])
+        scaled[1 - fitted :: 2] /= temperature
+    return scaled
+
+
+def save_plots(
+    folder: str | Path,
+    evaluation: ClassifierEvaluation | None = None,
+    attention: Mapping[str, AttentionStatistics] | None = None,
+    log_history: Sequence[Mapping[str, float]] = (),
+) -> list[Path]:
+    """Draws what there is to draw into `plots` in a folder: reliability, robustness, attention, training.
+
+    Args:
+        folder: where the folder `plots` is, or will be.
+        evaluation: of a classifier.
+        attention: statistics by stack, for a model that is none.
+        log_history: what the Trainer logged.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+    """
+    from . import plots
+
+    figures = {}
+    if evaluation is not None:
+        attention = evaluation.attention
+        figures["reliability"] = plots.reliability_diagram(evaluation.bins)
+        if evaluation.curves:
+            robustness = evaluation.metrics["robustness"]
+            accuracies = {name: {r.epsilon: r.accuracy for r in curve} for name, curve in evaluation.curves.items()}
+            in_pixels = robustness["space"] == "pixels"
+            figures["robustness"] = plots.robust_accuracy_curve(accuracies, robustness["samples"], in_pixels)
+    for stack, measured in (attention or {}).items():
+        figures[f"{stack}_entropy"] = plots.attention_entropy_map(
+            measured.entropy, stack.replace("_", " "), num_queries=measured.queries
+        )
+    if any("loss" in entry for entry in log_history):
+        figures["training"] = plots.training_curves(log_history)
+    paths = {name: Path(folder) / PLOTS_FOLDER / f"{name}.png" for name in figures}
+    for name, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures[name].savefig(path)
+    return list(paths.values())
+
+
+def _attacked(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    samples: int,
+    normalization: Normalization | None,
+    seed: int,
+) -> tuple[dict[str, tuple[RobustAccuracy, ...]], dict[str, Any]]:
+    epsilon, space = PIXEL_EPSILON, "pixels"
+    if "pixel_values" not in next(iter(batches)):
+        embeddings = transformers_model(model).get_input_embeddings().weight
+        epsilon, space = 0.1 * embeddings.detach().float().std().item(), "embeddings"
+    attacks = {
+        "FGSM": Attack.fgsm(epsilon),
+        "PGD-10": Attack.pgd(epsilon, steps=10),
+        "PGD-20": Attack.pgd(epsilon, steps=20),
+    }
+    curves = {}
+    for name, attack in attacks.items():
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+        with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
+            torch.manual_seed(seed)
+            epsilons = [share * epsilon for share in STRENGTHS]
+            curves[name] = robustness_curve(model, _first(batches, samples), epsilons, attack, normalization)
+    clean = next(iter(curves.values()))[0]
+    rows = [{"name": "none", "epsilon": 0.0, "accuracy": clean.accuracy}]
+    rows += [
+        {"name": name, "epsilon": result.epsilon, "accuracy": result.accuracy}
+        for name, curve in curves.items()
+        for result in curve[1:]
+    ]
+    return curves, {"norm": "linf", "space": space, "samples": clean.total, "attacks": rows}
+
+
+def _first(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        yield {name: value[:samples] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        samples -= len(batch["labels"])
+        if samples <= 0:
+            return

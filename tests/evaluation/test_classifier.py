@@ -1,0 +1,171 @@
+"""A classifier's report holds what its parts measure, for images and for texts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_attentiondrop.evaluation.adversarial import robust_accuracy
+from hf_attentiondrop.evaluation.attack import Attack
+from hf_attentiondrop.evaluation.calibration import calibration_metrics, fit_temperature
+from hf_attentiondrop.evaluation.classifier import cross_fitted, evaluate_classifier, predict, save_plots
+from hf_attentiondrop.evaluation.perturbation_space import Normalization
+
+
+NORMALIZATION = Normalization((0.5,), (0.25,))
+
+
+def vit(implementation: str = "attentiondrop") -> ViTForImageClassification:
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        num_labels=3,
+        initializer_range=0.5,
+    )
+    return ViTForImageClassification._from_config(config, attn_implementation=implementation)
+
+
+def images(samples: int = 12, size: int = 8) -> list[dict[str, torch.Tensor]]:
+    pixels = (torch.rand(samples, 3, size, size) - 0.5) / 0.25
+    labels = torch.randint(0, 3, (samples,))
+    return [{"pixel_values": p, "labels": y} for p, y in zip(pixels.split(5), labels.split(5), strict=True)]
+
+
+def texts(samples: int = 12) -> list[dict[str, torch.Tensor]]:
+    batches = []
+    for length in (7, 4):
+        mask = torch.ones(samples // 2, length, dtype=torch.long)
+        mask[1, -2:] = 0
+        ids, labels = torch.randint(3, 50, mask.shape), torch.randint(0, 2, (samples // 2,))
+        batches.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, vocab_size=50
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "attentiondrop", "affine_scaled"])
+def test_images(implementation: str) -> None:
+    model, batches = vit(implementation).train(), images()
+    evaluation = evaluate_classifier(model, batches, attacked_samples=7, normalization=NORMALIZATION)
+    metrics, (logits, labels) = evaluation.metrics, predict(model, batches)
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    assert metrics["samples"] == 12
+    plain = calibration_metrics(logits, labels)
+    assert {name: metrics["calibration"][name] for name in plain} == plain
+    assert metrics["calibration"]["temperature"] == fit_temperature(logits, labels)
+    assert metrics["calibration"]["after_temperature"] == calibration_metrics(cross_fitted(logits, labels), labels)
+    robustness = metrics["robustness"]
+    assert (robustness["samples"], robustness["space"], robustness["norm"]) == (7, "pixels", "linf")
+    rows = {(row["name"], round(row["epsilon"] * 255)): row["accuracy"] for row in robustness["attacks"]}
+    assert set(rows) == {("none", 0)} | {(name, e) for name in ("FGSM", "PGD-10", "PGD-20") for e in (2, 4, 8)}
+    first = [batches[0], {name: value[:2] for name, value in batches[1].items()}]
+    assert rows["FGSM", 2] == robust_accuracy(model, first, Attack.fgsm(2 / 255), NORMALIZATION).accuracy
+    assert rows["none", 0] == sum((predict(model, first)[0].argmax(-1) == predict(model, first)[1]).tolist()) / 7
+    assert set(metrics["attention"]) == {"attentions"}
+    assert model.training
+
+
+def test_texts() -> None:
+    model, batches = bert(), texts()
+    metrics = evaluate_classifier(model, batches, attacked_samples=12).metrics
+    assert metrics["robustness"]["space"] == "embeddings"
+    largest = max(row["epsilon"] for row in metrics["robustness"]["attacks"])
+    assert largest == pytest.approx(0.1 * model.get_input_embeddings().weight.std().item())
+
+
+def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:
+    model, batches = vit(), images()
+    state = torch.get_rng_state()
+    runs = [
+        evaluate_classifier(model, batches, attacked_samples=12, normalization=NORMALIZATION, seed=1).metrics
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_temperatures_come_from_the_other_half() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (40,))
+    logits = torch.nn.functional.one_hot(labels, 3) * 2.0 + torch.randn(40, 3)
+    scaled = cross_fitted(logits, labels)
+    assert torch.allclose(scaled[::2] * fit_temperature(logits[1::2], labels[1::2]), logits[::2])
+    assert torch.allclose(scaled[1::2] * fit_temperature(logits[::2], labels[::2]), logits[1::2])
+
+
+def resnet() -> ResNetForImageClassification:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    return ResNetForImageClassification(config)
+
+
+def swin() -> SwinForImageClassification:
+    config = SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4, num_labels=3
+    )
+    return SwinForImageClassification(config)
+
+
+@pytest.mark.parametrize(("model", "stacks"), [(resnet(), 0), (swin(), 1)], ids=["resnet", "swin"])
+def test_models_without_attention_or_with_different_heads(
+    model: PreTrainedModel, stacks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = evaluate_classifier(model, images(6, size=32))
+    assert len(evaluation.attention) == stacks
+    assert ("Attention was not measured" in caplog.text) == (stacks == 0)
+    names = [path.name for path in save_plots(tmp_path, evaluation)]
+    assert names == ["reliability.png"] + ["attentions_entropy.png"] * stacks
+
+
+def test_plots_are_files_of_600_pixels(tmp_path: Path) -> None:
+    evaluation = evaluate_classifier(vit(), images(), attacked_samples=5, normalization=NORMALIZATION)
+    history = [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}, {"eval_loss": 0.6, "step": 2}]
+    paths = save_plots(tmp_path, evaluation, log_history=history)
+    names = {"reliability.png", "robustness.png", "attentions_entropy.png", "training.png"}
+    assert {path.relative_to(tmp_path).as_posix() for path in paths} == {f"plots/{name}" for name in names}
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.width == 600
+    assert save_plots(tmp_path) == []
+
+
+def without_labels() -> list[dict[str, Any]]:
+    return [{"pixel_values": batch["pixel_values"]} for batch in images()]
+
+
+def test_bad_input() -> None:
+    model = vit()
+    broken = vit()
+    torch.nn.init.constant_(broken.classifier.weight, math.nan)
+    cases = [
+        (lambda: evaluate_classifier(model, []), "at least one batch"),
+        (lambda: evaluate_classifier(model, without_labels()), "must hold `labels`"),
+        (lambda: evaluate_classifier(broken, images()), "NaN"),
+        (lambda: evaluate_classifier(model, images(), attacked_samples=3), "normalization"),
+        (lambda: evaluate_classifier(model, [images()[0] | {"labels": torch.full((5,), 9)}]), r"\[0, 3\)"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
