@@ -90,7 +90,73 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = (declare_check,)
+def declare_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure accuracy, calibration, robustness and attention of a classifier",
+        description="Measures a classifier of images or texts on labelled data, and writes a report: metrics.json, "
+        "plots and README.md.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder with a saved classifier, or one on the Hub")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder with one folder of images per class; a csv, tsv, json, jsonl or parquet file; or a data set on "
+        "the Hub",
+    )
+    parser.add_argument("--split", help="by default test, or else validation, or else train")
+    parser.add_argument("--config", help="configuration of a data set on the Hub")
+    parser.add_argument("--image_column", default="image", help="column of images (default: image)")
+    parser.add_argument("--text_column", default="text", help="column of texts (default: text)")
+    parser.add_argument("--text_pair_column", help="column of the second texts, where pairs are classified")
+    parser.add_argument("--label_column", default="label", help="column of classes (default: label)")
+    parser.add_argument("--max_samples", type=_positive, help="evaluate on so many samples, drawn at random")
+    parser.add_argument("--batch_size", type=_positive, default=32, help="samples per batch (default: 32)")
+    parser.add_argument("--evaluate_robustness", action="store_true", help="attack the model by FGSM and PGD")
+    parser.add_argument(
+        "--robustness_samples", type=_positive, default=200, help="how many samples to attack (default: 200)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples and the attacks (default: 0)")
+    parser.add_argument("--device", help="such as cuda:0; by default the accelerator, if there is one")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder for the report; it must be empty, or not be there yet"
+    )
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measures a classifier and writes its report."""
+    from transformers import logging
+
+    from .reporting import evaluate_checkpoint, summary
+
+    try:
+        import datasets
+    except ImportError:
+        raise InputError("Data is read by datasets: `pip install hf-attentiondrop[evaluation]`.") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    names = ("split", "config", "image_column", "text_column", "text_pair_column", "label_column", "max_samples")
+    options = {name: getattr(arguments, name) for name in (*names, "batch_size", "seed", "device")}
+    attacked = arguments.robustness_samples if arguments.evaluate_robustness else 0
+    try:
+        evaluation = evaluate_checkpoint(
+            arguments.model, arguments.data, arguments.output_dir, attacked_samples=attacked, **options
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+    print(summary(evaluation, arguments.output_dir))
+    return 0
+
+
+COMMANDS = (declare_check, declare_evaluate)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}.")
+    return int(text)
 
 
 def _print_error(error: Exception) -> None:

@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from .consistency import LabelAlignment, has_dropout, output_divergence
 from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+from .hub import ModelCardMixin
 from .recording import RecordForward
 from .training_args import ConsistencyArguments
 
@@ -225,9 +226,11 @@ class ConsistencyTrainerMixin:
         )
 
 
-class AttentionDropTrainer(ConsistencyTrainerMixin, Trainer):
-    """[`~transformers.Trainer`] with the consistency term, see [`ConsistencyTrainerMixin`]."""
+class AttentionDropTrainer(ConsistencyTrainerMixin, ModelCardMixin, Trainer):
+    """[`~transformers.Trainer`] with the consistency term, see [`ConsistencyTrainerMixin`], and with a model card of
+    its own, see [`~hf_attentiondrop.hub.ModelCardMixin`]."""
 
 
-class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, Seq2SeqTrainer):
-    """[`~transformers.Seq2SeqTrainer`] with the consistency term, see [`ConsistencyTrainerMixin`]."""
+class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, ModelCardMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] with the consistency term, see [`ConsistencyTrainerMixin`], and with a model
+    card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`]."""

@@ -22,6 +22,7 @@ Attention that learns its scale, a sink or a gate, from scratch as in its paper,
 `--consistency_weight 0` trains with one pass, in half the time. `--help` lists every argument.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,11 +36,11 @@ from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_p
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
-from shared.output import check_output_dir, print_results, write_record
+from shared.evaluation import measure_attention
+from shared.output import check_output_dir, finish
 from shared.text import FileArguments, check_text, load_data_asked_for
 from shared.training import train
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -54,6 +55,8 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop.evaluation.calibration import calibration_metrics
+from hf_attentiondrop.evaluation.items import ItemScores, score_items
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
@@ -218,16 +221,16 @@ def collate(examples: list[dict[str, list[int]]], padding: int) -> dict[str, Ten
     }
 
 
-def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The loss of each token but the first, `(B, L - 1)`: all that is kept of the logits `(B, L, V)`."""
+def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
+    """Loss and confidence of each token but the first, `(B, L - 1)`: all that is kept of the logits `(B, L, V)`."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], ignore_index=NO_LABEL, reduction="none")
+    return vars(score_items(logits[:, :-1], labels[:, 1:]))
 
 
-def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Exponential of the mean loss over all tokens that were predicted."""
-    is_predicted = prediction.label_ids[:, 1:] != NO_LABEL
-    return {"perplexity": float(np.exp(prediction.predictions[is_predicted].astype(np.float64).mean()))}
+def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Perplexity, the exponential of the mean loss over all tokens that were predicted, and their calibration."""
+    calibration = calibration_metrics(ItemScores(**prediction.predictions))
+    return {"perplexity": math.exp(calibration["negative_log_likelihood"]), **calibration}
 
 
 def unigram_perplexity(packed: DatasetDict, vocab_size: int) -> float:
@@ -266,8 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             eval_dataset=packed["validation"],
             processing_class=tokenizer,
             data_collator=partial(collate, padding=tokenizer.eos_token_id),
-            preprocess_logits_for_metrics=token_losses,
-            compute_metrics=perplexity,
+            preprocess_logits_for_metrics=token_scores,
+            compute_metrics=language_metrics,
         )
 
     baseline = unigram_perplexity(packed, len(tokenizer))
@@ -279,20 +282,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unigram_perplexity": baseline,
     }
     results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
+    attention_weights = None
     if training_args.do_train:
         train_metrics, train_results = train(trainer, checkpoint)
         metrics |= train_metrics
         results |= train_results
     if training_args.do_eval:
         metrics |= trainer.evaluate()
+        attention_weights = measure_attention(trainer)
         results["perplexity"] = f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {baseline:.2f})"
         results["evaluated on"] = f"{eval_tokens} held-out tokens"
 
-    if trainer.is_world_process_zero():
-        write_record(parser, training_args.output_dir, metrics)
-        print_results("Language modelling", results, training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer, parser, "Language modelling", DOCUMENTATION, metrics, results, attention=attention_weights)
 
 
 if __name__ == "__main__":

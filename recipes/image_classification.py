@@ -30,7 +30,8 @@ from PIL import Image as PILImage
 from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
-from shared.output import check_output_dir, print_results, write_record
+from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.output import check_output_dir, finish
 from shared.training import train
 from sklearn.datasets import load_digits
 from transformers import (
@@ -45,6 +46,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop.evaluation.perturbation_space import Normalization
 
 
 DIGITS = "the digits of scikit-learn"
@@ -178,8 +180,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = RecipeParser(__doc__, (ImageModelArguments, ImageDataArguments, ImageTrainingArguments))
-    model_args, data_args, training_args, attention = parser.parse(argv, defaults)
+    types = (ImageModelArguments, ImageDataArguments, EvaluationArguments, ImageTrainingArguments)
+    parser = RecipeParser(__doc__, types)
+    model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
@@ -202,19 +205,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
     results = {"data": data_args.dataset_name or data_args.train_dir or DIGITS}
+    evaluation = None
     if training_args.do_train:
         train_metrics, train_results = train(trainer, checkpoint)
         metrics |= train_metrics
         results |= train_results
     if training_args.do_eval:
         metrics |= trainer.evaluate()
+        normalization = Normalization.from_processor(processor) if evaluation_args.evaluate_robustness else None
+        evaluation = measure_classifier(trainer, evaluation_args, normalization)
         results["accuracy"] = f"{metrics['eval_accuracy']:.4f} on {len(data['validation'])} held-out images"
 
-    if trainer.is_world_process_zero():
-        write_record(parser, training_args.output_dir, metrics)
-        print_results("Image classification", results, training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer, parser, "Image classification", DIGITS, metrics, results, evaluation)
 
 
 if __name__ == "__main__":

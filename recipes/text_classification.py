@@ -30,7 +30,8 @@ from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_p
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
-from shared.output import check_output_dir, print_results, write_record
+from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.output import check_output_dir, finish
 from shared.text import FileArguments, check_text, load_data_asked_for, train_encoder_tokenizer
 from shared.training import train
 from sklearn.metrics import f1_score
@@ -46,9 +47,7 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
-
-
-CALIBRATION_BINS = 15
+from hf_attentiondrop.evaluation.calibration import expected_calibration_error
 
 
 @dataclass
@@ -172,10 +171,8 @@ def load_model(
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy, macro F1 and expected calibration error of the logits `(N, C)`."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    logits = logits - logits.max(-1, keepdims=True)
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    return scores(probabilities.argmax(-1), prediction.label_ids) | {
-        "expected_calibration_error": expected_calibration_error(probabilities, prediction.label_ids)
+    return scores(logits.argmax(-1), prediction.label_ids) | {
+        "expected_calibration_error": expected_calibration_error(logits, prediction.label_ids)
     }
 
 
@@ -187,27 +184,6 @@ def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def expected_calibration_error(
-    probabilities: np.ndarray, labels: np.ndarray, num_bins: int = CALIBRATION_BINS
-) -> float:
-    """How far confidence is from accuracy, in [0, 1].
-
-    The samples are put into bins of equal width by the probability of their predicted class; the result is the mean
-    over the samples of the difference between the mean probability and the accuracy of their bin (Guo et al. 2017,
-    "On Calibration of Modern Neural Networks", equation 3).
-
-    Args:
-        probabilities (`np.ndarray` of shape `(N, C)`): probabilities of the classes.
-        labels (`np.ndarray` of shape `(N,)`): the right classes.
-        num_bins (`int`, defaults to 15): number of bins.
-    """
-    confidence = probabilities.max(-1)
-    surplus = confidence - (probabilities.argmax(-1) == labels)
-    # Bins are open on the left, and nothing is less confident than chance.
-    bins = np.ceil(confidence * num_bins).astype(int) - 1
-    return float(np.abs(np.bincount(bins, weights=surplus)).sum() / len(labels))
-
-
 def majority_baseline(data: DatasetDict, label_column: str) -> dict[str, float]:
     """The scores of answering always with the class that is most frequent in training."""
     majority = Counter(data["train"][label_column]).most_common(1)[0][0]
@@ -216,8 +192,9 @@ def majority_baseline(data: DatasetDict, label_column: str) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = RecipeParser(__doc__, (TextModelArguments, TextDataArguments, TextTrainingArguments))
-    model_args, data_args, training_args, attention = parser.parse(argv, defaults)
+    types = (TextModelArguments, TextDataArguments, EvaluationArguments, TextTrainingArguments)
+    parser = RecipeParser(__doc__, types)
+    model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
@@ -244,22 +221,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
     metrics |= {f"majority_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
+    evaluation = None
     if training_args.do_train:
         train_metrics, train_results = train(trainer, checkpoint)
         metrics |= train_metrics
         results |= train_results
     if training_args.do_eval:
         metrics |= trainer.evaluate()
+        evaluation = measure_classifier(trainer, evaluation_args)
         for name, value in baseline.items():
             results[name] = f"{metrics[f'eval_{name}']:.4f} (always the most frequent class: {value:.4f})"
-        results["calibration error"] = f"{metrics['eval_expected_calibration_error']:.4f}"
         results["evaluated on"] = f"{len(data['validation'])} held-out texts"
 
-    if trainer.is_world_process_zero():
-        write_record(parser, training_args.output_dir, metrics)
-        print_results("Text classification", results, training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer, parser, "Text classification", DOCUMENTATION, metrics, results, evaluation)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from datasets import Dataset, DatasetDict
 from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
-from shared.output import check_output_dir, print_results, write_record
+from shared.evaluation import measure_attention
+from shared.output import check_output_dir, finish
 from shared.training import train
 from shared.translations import TranslationDataArguments, load_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -224,22 +225,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
     metrics |= {f"copy_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or CLDR}
+    attention_weights = None
     if training_args.do_train:
         train_metrics, train_results = train(trainer, checkpoint)
         metrics |= train_metrics
         results |= train_results
     if training_args.do_eval:
         metrics |= trainer.evaluate()
+        attention_weights = measure_attention(trainer)
         if training_args.predict_with_generate:
             for name, title in SCORES.items():
                 results[title] = f"{metrics[f'eval_{name}']:.1f} (copying the source: {baseline[name]:.1f})"
         results["evaluated on"] = f"{len(data['validation'])} held-out texts"
 
-    if trainer.is_world_process_zero():
-        write_record(parser, training_args.output_dir, metrics)
-        print_results("Translation", results, training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer, parser, "Translation", CLDR, metrics, results, attention=attention_weights)
 
 
 if __name__ == "__main__":

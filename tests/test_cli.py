@@ -5,7 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForSequenceClassification, BertConfig, CLIPConfig, CLIPModel, MPNetConfig
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    MPNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from hf_attentiondrop import report
 from hf_attentiondrop.cli import main
@@ -14,6 +28,7 @@ from .models import build
 from .recipe_runs import run
 
 
+NAMES = ("zero", "one", "two")
 CLI = ("-m", "hf_attentiondrop.cli")
 TABLE = """\
 BertForSequenceClassification: 2 of 2 attention modules are perturbed in training
@@ -215,3 +230,111 @@ def test_a_missing_model_is_said_to_be_missing(tmp_path: Path, capsys: pytest.Ca
     assert "It holds a PEFT adapter: check the model" in failure(capsys, "check", tmp_path)[1]
     code, message = failure(capsys, "check", "nobody/nothing")
     assert code == 2 and "'nobody/nothing' cannot be read as one: " in message
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as images, in a folder per class, whose names are in another order than the model's numbers."""
+    folder, bunch = tmp_path_factory.mktemp("digits"), load_digits(n_class=3)
+    for number in range(24):
+        path = folder / NAMES[bunch.target[number]] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((bunch.images[number] * (255 / 16)).astype("uint8")).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["attentiondrop", "affine_scaled"])
+def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT for these digits, with its image processor."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        initializer_range=0.5,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: number for number, name in enumerate(NAMES)},
+    )
+    config.attention_drop = {"p": 0.2}
+    model = ViTForImageClassification._from_config(config, attn_implementation=request.param)
+    folder = tmp_path_factory.mktemp("classifier")
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+def test_evaluate_writes_a_report(
+    classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
+    output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert f"accuracy           {metrics['accuracy']:.4f}\n" in output and "under PGD-20" in output
+
+    model = ViTForImageClassification.from_pretrained(classifier).eval()
+    processor = ViTImageProcessorPil.from_pretrained(classifier)
+    right = 0
+    for path in digits.glob("*/*.png"):
+        inputs = processor(Image.open(path).convert("RGB"), return_tensors="pt")
+        right += model.config.id2label[model(**inputs).logits.argmax().item()] == path.parent.name
+    assert (metrics["accuracy"], metrics["samples"]) == (right / 24, 24)
+    assert metrics["robustness"]["samples"] == 5
+
+    card = (tmp_path / "report" / "README.md").read_text()
+    for picture in ("reliability", "robustness", "attention_entropy"):
+        assert f"(plots/{picture}.png)" in card and (tmp_path / "report" / "plots" / f"{picture}.png").exists()
+    assert "| `p` | 0.2 |" in card
+    assert str(tmp_path) not in card and f'"path/to/{classifier.name}"' in card
+
+
+def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a red house", "an old tree", "a new red tree", "an old house"]
+    tokenizer = BertTokenizer().train_new_from_iterator(texts, 60, show_progress=False)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        max_position_embeddings=6,  # shorter than the longest pair
+    )
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = ["first,second,class", *(f"{text},{text},{number % 2}" for number, text in enumerate(texts))]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    flags = ["--text_column", "first", "--text_pair_column", "second", "--label_column", "class"]
+    data = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "report"]
+    assert "samples            4\n" in printed(capsys, "evaluate", tmp_path / "model", *data, *flags)
+
+
+def test_evaluate_refuses_bad_input(
+    classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "data.xlsx").touch()
+    (tmp_path / "others" / "nine").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "others" / "nine" / "0.png")
+    base = config_folder(tmp_path / "base", BertConfig().to_dict())
+    report, good = ["--output_dir", tmp_path / "report"], ["--data", digits]
+    cases = [
+        ([classifier, *good, "--output_dir", tmp_path / "full"], "--output_dir: expected an empty folder"),
+        ([base, *good, *report], "expected a classifier of images or texts"),
+        ([tmp_path / "nothing", *good, *report], "nothing"),
+        ([classifier, "--data", tmp_path / "data.xlsx", *report], "--data: expected a file of one of csv"),
+        ([classifier, "--data", tmp_path / "none", *report], "cannot be loaded"),
+        ([classifier, *good, *report, "--split", "test"], "has no split 'test'; it has train"),
+        ([classifier, *good, *report, "--label_column", "class"], "has no column 'class'; its columns are image"),
+        ([classifier, *good, *report, "--image_column", "picture"], "has no column 'picture'"),
+        ([classifier, "--data", tmp_path / "others", *report], "classes that the model does not know, nine"),
+        ([classifier, *good, *report, "--device", "abacus"], "abacus"),
+    ]
+    for argv, message in cases:
+        code, line = failure(capsys, "evaluate", *argv)
+        assert code == 2 and message in line, line
+        assert not (tmp_path / "report").exists()

@@ -28,8 +28,10 @@ ALLOWED = {
     "recording": {"consistency"},
     "training_args": {"losses"},
     "evaluation": {"configuration", "registration", "sites"},
-    "cli": {"attention", "configuration", "registration", "report", "sites"},
-    "trainer": {"consistency", "doubling", "recording", "training_args"},
+    "hub": {"configuration", "registration", "report", "reweighting_configuration", "sites", "training_args"},
+    "reporting": {"evaluation", "hub"},
+    "cli": {"attention", "configuration", "registration", "report", "reporting", "sites"},
+    "trainer": {"consistency", "doubling", "hub", "recording", "training_args"},
 }
 
 

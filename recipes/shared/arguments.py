@@ -66,6 +66,9 @@ class RunArguments:
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+    logging_steps: float = field(
+        default=0.05, metadata={"help": "Steps between two logs of the loss; below 1 as a share of all steps."}
+    )
     # Without it several processes on a machine that has no accelerator would not find each other.
     use_cpu: bool = field(
         default=not torch.accelerator.is_available(), metadata={"help": "Leave the accelerator alone."}

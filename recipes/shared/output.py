@@ -11,10 +11,12 @@ import datasets
 import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
 import hf_attentiondrop
+from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
+from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
 
 from .arguments import RecipeParser
 from .checkpoints import find_checkpoint
@@ -22,8 +24,10 @@ from .checkpoints import find_checkpoint
 
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.yaml"
+CARD_FILE = "README.md"
+NESTED_METRICS = ("calibration", "robustness", "attention")
 # How a run was started, and on what, is no part of what it computes.
-NOT_IN_RUN_FILE = ("config", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu")
+NOT_IN_RUN_FILE = ("config", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu", "hub_token")
 
 
 def check_output_dir(arguments: TrainingArguments) -> str | None:
@@ -66,6 +70,62 @@ def write_record(parser: RecipeParser, folder: str, metrics: Mapping[str, Any]) 
     (Path(folder) / RUN_FILE).write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
+def finish(
+    trainer: Trainer,
+    parser: RecipeParser,
+    title: str,
+    data: str,
+    metrics: dict[str, Any],
+    results: Mapping[str, str],
+    evaluation: ClassifierEvaluation | None = None,
+    attention: Mapping[str, AttentionStatistics] | None = None,
+) -> None:
+    """Ends a run: writes metrics, plots and the model card, prints the results, and uploads it all where asked to.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): of the run.
+        parser ([`RecipeParser`]): with the arguments of the run.
+        title (`str`): of the printed table.
+        data (`str`): the data of the run without arguments, in words.
+        metrics (`dict[str, Any]`): what was measured.
+        results (`Mapping[str, str]`): the same for the table.
+        evaluation ([`ClassifierEvaluation`], *optional*): of a classifier.
+        attention (`Mapping[str, AttentionStatistics]`, *optional*): of a model that is none.
+    """
+    folder = trainer.args.output_dir
+    if evaluation is not None:
+        metrics |= {name: value for name, value in evaluation.metrics.items() if name in NESTED_METRICS}
+        results = {**results, "calibration error": f"{metrics['calibration']['expected_calibration_error']:.4f}"}
+        for row in metrics.get("robustness", {}).get("attacks", ())[-1:]:
+            under = f"under {row['name']}, epsilon {row['epsilon']:.4g}"
+            results["robust accuracy"] = f"{row['accuracy']:.4f} {under}"
+    elif attention:
+        metrics["attention"] = {stack: measured.means() for stack, measured in attention.items()}
+    card = describe_data(parser.values, data)
+    if trainer.is_world_process_zero():
+        save_plots(folder, evaluation, attention, trainer.state.log_history)
+        write_record(parser, folder, metrics)
+        trainer.create_model_card(**card)
+        print_results(title, results, folder)
+    if trainer.args.push_to_hub:
+        with parser.refusing_bad_input():
+            trainer.push_to_hub(**card)
+
+
+def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
+    """What the model card says of the data: its id on the Hub, or in words what it is."""
+    name = values["dataset_name"]
+    if name is not None and not Path(name).exists():
+        return {
+            "dataset_tags": name,
+            "dataset_args": values["dataset_config_name"],
+            "dataset_split": values["validation_split"],
+        }
+    local = name or values.get("train_file") or values.get("train_dir")
+    # Of a path only the name: the rest is about this machine.
+    return {"dataset": Path(local).resolve().name if local else built_in}
+
+
 def describe_attention(model: PreTrainedModel) -> str:
     """What was done to the model's attention, in one line."""
     rows = hf_attentiondrop.report(model).rows
@@ -87,6 +147,7 @@ def print_results(title: str, results: Mapping[str, str], folder: str) -> None:
         "adapter": Path(folder, ADAPTER_SAFE_WEIGHTS_NAME),
         "metrics": Path(folder, METRICS_FILE),
         "arguments": Path(folder, RUN_FILE),
+        "report": Path(folder, CARD_FILE),
     }
     rows = {**results, **{name: str(path) for name, path in written.items() if path.exists()}}
     width = max(map(len, rows))

@@ -23,7 +23,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
-    trainer.save_model()
+    # Left to itself it would upload the run, before its metrics and its card are there.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     processes = trainer.args.world_size
     duration = f"{trainer.state.global_step} steps in {metrics['train_runtime']:.0f} s"

@@ -136,14 +136,14 @@ def test_models_without_attention_or_with_different_heads(
     assert len(evaluation.attention) == stacks
     assert ("Attention was not measured" in caplog.text) == (stacks == 0)
     names = [path.name for path in save_plots(tmp_path, evaluation)]
-    assert names == ["reliability.png"] + ["attentions_entropy.png"] * stacks
+    assert names == ["reliability.png"] + ["attention_entropy.png"] * stacks
 
 
 def test_plots_are_files_of_600_pixels(tmp_path: Path) -> None:
     evaluation = evaluate_classifier(vit(), images(), attacked_samples=5, normalization=NORMALIZATION)
     history = [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}, {"eval_loss": 0.6, "step": 2}]
     paths = save_plots(tmp_path, evaluation, log_history=history)
-    names = {"reliability.png", "robustness.png", "attentions_entropy.png", "training.png"}
+    names = {"reliability.png", "robustness.png", "attention_entropy.png", "training.png"}
     assert {path.relative_to(tmp_path).as_posix() for path in paths} == {f"plots/{name}" for name in names}
     for path in paths:
         with Image.open(path) as image:

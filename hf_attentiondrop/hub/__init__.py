@@ -1,0 +1,19 @@
+"""A trained model on the Hub: its card, the results in it, and the upload."""
+
+from .card import CardContent, Data, build_card, check_card, write_card
+from .run import METRICS_FILE, describe_model, describe_run
+from .upload import ModelCardMixin, UploadError
+
+
+__all__ = [
+    "METRICS_FILE",
+    "CardContent",
+    "Data",
+    "ModelCardMixin",
+    "UploadError",
+    "build_card",
+    "check_card",
+    "describe_model",
+    "describe_run",
+    "write_card",
+]

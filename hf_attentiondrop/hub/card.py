@@ -1,0 +1,248 @@
+"""The model card: what it says, how it is rendered and checked, and the structured results that go with it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from .loading import loading_code, loading_text
+from .methods import PAPERS, Method
+from .tables import (
+    HUB_METRICS,
+    Table,
+    attention_table,
+    calibration_table,
+    evaluation_metrics,
+    results_table,
+    robustness_table,
+    title_of,
+)
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+CARD_FILE = "README.md"
+EVAL_RESULTS_FOLDER = ".eval_results"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data that a model was trained and evaluated on, as far as it is known.
+
+    Args:
+        name (`str`, *optional*): in words.
+        repo_id (`str`, *optional*): id of the data set on the Hub.
+        config (`str`, *optional*): its configuration.
+        split (`str`, *optional*): the split that was evaluated on.
+        benchmark_task (`str`, *optional*):
+            The task that was evaluated, if the data set is a benchmark on the Hub; its `eval.yaml` names them.
+    """
+
+    name: str | None = None
+    repo_id: str | None = None
+    config: str | None = None
+    split: str | None = None
+    benchmark_task: str | None = None
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """What a card says. Whatever is `None` or empty is unknown, and the card leaves it out.
+
+    Args:
+        name (`str`): name of the model.
+        model_class (`str`): its class in Transformers.
+        origin (`str`): where its weights began, as in "trained from scratch".
+        methods (`tuple[Method, ...]`): what was done to its attention and its loss.
+        needs_plugin (`bool`): whether it has learned attention weights, without which it does not load.
+        repo_id (`str`, *optional*): the repository, or path, that it is loaded from; by default the card's own folder.
+        base_model (`str`, *optional*): id on the Hub of the model that it began as.
+        adapter (`str`, *optional*): the kind of PEFT adapter that it is, as in "LORA".
+        processor (`str`, *optional*): the Auto class of its tokenizer or processor.
+        task (`str`, *optional*): the Hub's name of its task, as in "text-classification".
+        language, license (`str`, *optional*), tags (`tuple[str, ...]`): metadata as the Hub knows it.
+        data ([`Data`]): what it was trained and evaluated on.
+        metrics (`Mapping[str, Any]`):
+            Figures with the names that a Trainer gives them, and beside them `calibration` and `robustness`.
+        plots (`tuple[str, ...]`): pictures, by their paths relative to the card.
+        training, environment (`Mapping[str, str]`): settings and versions, in words.
+    """
+
+    name: str
+    model_class: str
+    origin: str
+    methods: tuple[Method, ...] = ()
+    needs_plugin: bool = False
+    repo_id: str | None = None
+    base_model: str | None = None
+    adapter: str | None = None
+    processor: str | None = None
+    task: str | None = None
+    language: str | list[str] | None = None
+    license: str | None = None
+    tags: tuple[str, ...] = ()
+    data: Data = Data()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    plots: tuple[str, ...] = ()
+    training: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def build_card(content: CardContent) -> ModelCard:
+    """Renders the card, in Markdown that needs nothing but the pictures beside it.
+
+    Example:
+
+    >>> card = build_card(CardContent("digits", "ViTForImageClassification", "trained from scratch"))
+    >>> print(card.data.to_yaml())
+    library_name: transformers
+    tags:
+    - hf-attentiondrop
+    >>> "## Method" in card.text  # none was used
+    False
+    """
+    robustness = content.metrics.get("robustness") or {}
+    return ModelCard.from_template(
+        _metadata(content),
+        template_path=str(TEMPLATE),
+        content=content,
+        loading_text=loading_text(content),
+        loading_code=loading_code(content),
+        method_tables=[_table(("Setting", "Value"), method.settings, quote=True) for method in content.methods],
+        data_text=_describe_data(content.data),
+        samples=_table(
+            ("Part", "Samples"), {name: content.metrics.get(f"{key}_samples") for key, name in _PARTS.items()}
+        ),
+        results=results_table(content.metrics),
+        calibration=calibration_table(content.metrics),
+        robustness=robustness_table(content.metrics),
+        attention=attention_table(content.metrics),
+        norm={"linf": "L∞", "l2": "L2"}.get(robustness.get("norm"), robustness.get("norm")),
+        attacked=robustness.get("samples"),
+        space=robustness.get("space"),
+        plots=[(Path(plot).stem.replace("_", " ").capitalize(), plot) for plot in content.plots],
+        training=_table(("Argument", "Value"), content.training),
+        environment=_table(("Software", "Version"), content.environment),
+        papers=[PAPERS[paper] for paper in dict.fromkeys(method.paper for method in content.methods)],
+    )
+
+
+def write_card(content: CardContent, folder: str | Path) -> Path:
+    """Writes README.md, and below `.eval_results` what the leaderboard of a benchmark reads.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        ValueError: if the card would show a picture that is not there, or name what cannot be on the Hub.
+    """
+    folder = Path(folder)
+    card = build_card(content)
+    check_card(card, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    card.save(folder / CARD_FILE)
+    if entry := _benchmark_entry(content):
+        path = folder / EVAL_RESULTS_FOLDER / f"{entry.dataset_id.split('/')[-1]}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+    return folder / CARD_FILE
+
+
+def check_card(card: ModelCard, folder: Path) -> None:
+    """Checks what can be checked of a card without the Hub, which does the rest when it is uploaded.
+
+    Raises:
+        ValueError: naming what is wrong, and what to do.
+    """
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
+        if not (folder / picture).is_file():
+            raise ValueError(
+                f"The card shows {picture!r}, and there is no such file in {folder}: draw it, or leave it."
+            )
+    ids = {"base_model": card.data.base_model, "datasets": card.data.datasets}
+    for name, value in ids.items():
+        for repo_id in [value] if isinstance(value, str) else value or []:
+            # Raises a ValueError that says what an id looks like.
+            try:
+                validate_repo_id(repo_id)
+            except ValueError as error:
+                raise ValueError(
+                    f"`{name}` of a card must be an id on the Hub, got {repo_id!r}: {error} Leave it out if there is "
+                    "none, and say in words what it is."
+                ) from error
+
+
+_PARTS = {"train": "Training", "eval": "Evaluation"}
+
+
+def _metadata(content: CardContent) -> ModelCardData:
+    figures = evaluation_metrics(content.metrics)
+    hub_metrics = dict.fromkeys(HUB_METRICS[name] for name in figures if name in HUB_METRICS)
+    results = _eval_results(content, figures)
+    adapter = [content.adapter.lower()] if content.adapter else []
+    tags = ["hf-attentiondrop", *(method.tag for method in content.methods), *adapter, *content.tags]
+    return ModelCardData(
+        language=content.language,
+        license=content.license,
+        library_name="peft" if content.adapter else "transformers",
+        pipeline_tag=content.task,
+        tags=list(dict.fromkeys(tags)),
+        base_model=content.base_model,
+        datasets=[content.data.repo_id] if content.data.repo_id else None,
+        metrics=list(hub_metrics) or None,
+        model_name=content.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(content: CardContent, figures: Mapping[str, float]) -> list[EvalResult]:
+    """The metrics that the Hub knows, on a data set that it knows: there is no model-index without either."""
+    data = content.data
+    if not (content.task and data.repo_id):
+        return []
+    return [
+        EvalResult(
+            task_type=content.task,
+            dataset_type=data.repo_id,
+            dataset_name=data.name or data.repo_id,
+            dataset_config=data.config,
+            dataset_split=data.split,
+            metric_type=HUB_METRICS[name],
+            metric_name=title_of(name),
+            metric_value=value,
+        )
+        for name, value in figures.items()
+        if name in HUB_METRICS
+    ]
+
+
+def _benchmark_entry(content: CardContent) -> EvalResultEntry | None:
+    """The first metric that the Hub knows, as an entry of the benchmark that the data set is."""
+    data, figures = content.data, evaluation_metrics(content.metrics)
+    name = next((name for name in HUB_METRICS if name in figures), None)
+    if not (data.repo_id and data.benchmark_task and name):
+        return None
+    notes = ", ".join(filter(None, (title_of(name), data.split and f"split {data.split}")))
+    return EvalResultEntry(data.repo_id, data.benchmark_task, figures[name], notes=notes)
+
+
+def _describe_data(data: Data) -> str:
+    if not data.repo_id:
+        return _cell(data.name) if data.name else ""
+    name = f"[{_cell(data.name or data.repo_id)}](https://huggingface.co/datasets/{data.repo_id})"
+    details = {"configuration": data.config, "evaluated on the split": data.split}
+    return ", ".join([name, *(f"{title} `{value}`" for title, value in details.items() if value)])
+
+
+def _table(header: tuple[str, str], values: Mapping[str, Any], quote: bool = False) -> Table:
+    rows = [(f"`{name}`" if quote else name, _cell(value)) for name, value in values.items() if value is not None]
+    return [header, *rows] if rows else []
+
+
+def _cell(value: Any) -> str:
+    """Text that stays within its cell of a table."""
+    text = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,54 @@
+"""How to load a model, as its card puts it."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .card import CardContent
+
+
+PROCESSORS = {
+    "AutoTokenizer": "tokenizer",
+    "AutoImageProcessor": "image_processor",
+    "AutoFeatureExtractor": "feature_extractor",
+    "AutoProcessor": "processor",
+}
+
+
+def loading_text(content: "CardContent") -> str:
+    """What it takes to load the model."""
+    sentences = []
+    if content.adapter:
+        sentences.append("This is an adapter: it needs PEFT, and the base model that it was trained on.")
+    if content.needs_plugin:
+        sentences.append(
+            "The attention of the model has learned weights of its own, which need `pip install hf-attentiondrop` and "
+            "its import; without them loading stops with an error."
+        )
+    if not sentences:
+        return (
+            "It loads in stock Transformers and needs nothing else: in evaluation its attention is the ordinary one."
+        )
+    return " ".join(sentences)
+
+
+def loading_code(content: "CardContent") -> str:
+    """The lines of Python that load the model, and its tokenizer or processor."""
+    place = f'"{content.repo_id}"' if content.repo_id else '"."  # the folder that this card is in'
+    imported = sorted(filter(None, (content.model_class, content.processor)), key=str.lower)
+    lines = (
+        ["import hf_attentiondrop  # registers the attention that config.json names"] if content.needs_plugin else []
+    )
+    lines += ["from peft import PeftModel"] if content.adapter else []
+    lines += [f"from transformers import {', '.join(imported)}", "", f"checkpoint = {place}"]
+    if content.adapter:
+        base = f'"{content.base_model}"' if content.base_model else '"path/to/the/base/model"'
+        lines += [
+            f"model = {content.model_class}.from_pretrained({base})",
+            "model = PeftModel.from_pretrained(model, checkpoint)",
+        ]
+    else:
+        lines.append(f"model = {content.model_class}.from_pretrained(checkpoint)")
+    if content.processor:
+        lines.append(f"{PROCESSORS[content.processor]} = {content.processor}.from_pretrained(checkpoint)")
+    return "\n".join(lines)

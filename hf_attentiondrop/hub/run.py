@@ -1,0 +1,241 @@
+"""The content of a card, taken from a Trainer: what it really trained, with what, and what came of it."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import (
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerState,
+)
+from transformers.modelcard import TASK_MAPPING
+
+from ..registration import transformers_model
+from ..report import report
+from ..sites import attention_modules
+from ..training_args import ConsistencyArguments
+from .card import CardContent, Data
+from .methods import Method, describe_consistency, describe_drop, describe_reweighting
+
+
+METRICS_FILE = "metrics.json"
+AUTO_CLASSES = {
+    PreTrainedTokenizerBase: "AutoTokenizer",
+    ImageProcessingMixin: "AutoImageProcessor",
+    FeatureExtractionMixin: "AutoFeatureExtractor",
+    ProcessorMixin: "AutoProcessor",
+}
+PACKAGES = ("hf_attentiondrop", "transformers", "torch", "accelerate", "datasets", "tokenizers")
+
+
+def describe_run(
+    trainer: Trainer,
+    *,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | None = None,
+    dataset: str | None = None,
+    dataset_tags: str | None = None,
+    dataset_args: str | None = None,
+    dataset_split: str | None = None,
+    benchmark_task: str | None = None,
+) -> CardContent:
+    """What the card of a Trainer's model says. The metrics are those of `metrics.json` in the output folder, and where
+    there is none those that the Trainer logged last of the model as it is.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): before or after training.
+        language, license, tags (*optional*): metadata; unknown if not given.
+        model_name (`str`, *optional*): by default the name of the repository, or of the output folder.
+        finetuned_from (`str`, *optional*):
+            Id on the Hub of the model that this one began as; found out where it was loaded by that id.
+        tasks (`str`, *optional*): the Hub's name of the task; found out for the common heads.
+        dataset (`str`, *optional*): the data in words.
+        dataset_tags (`str`, *optional*): its id on the Hub.
+        dataset_args (`str`, *optional*): its configuration.
+        dataset_split (`str`, *optional*): the split that was evaluated on.
+        benchmark_task (`str`, *optional*): the task of the benchmark that the data set is.
+    """
+    adapter = next(iter(getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).values()), None)
+    named = trainer.hub_model_id or trainer.args.hub_model_id
+    folder = Path(trainer.args.output_dir)
+    is_trained = trainer.state.global_step > 0
+    content = describe_model(
+        trainer.model,
+        folder,
+        _metrics_of(trainer, folder),
+        name=model_name or (named or folder.resolve().name).split("/")[-1],
+        processor=trainer.processing_class,
+        data=Data(dataset, dataset_tags, dataset_args, dataset_split, benchmark_task),
+        base_model=finetuned_from,
+        task=tasks,
+    )
+    if adapter is not None:
+        environment = {**content.environment, "peft": sys.modules["peft"].__version__}
+        content = replace(content, adapter=adapter.peft_type.value, environment=environment)
+    if is_trained:
+        config = transformers_model(trainer.model).config
+        origin = _describe_origin(content.base_model, config, True, adapter is not None)
+        methods = (*content.methods, *_methods_of_loss(trainer))
+        content = replace(content, origin=origin, methods=methods, training=_describe_training(trainer))
+    return replace(
+        content,
+        repo_id=named if named and "/" in named else None,
+        base_model=content.base_model if is_trained else None,
+        language=language,
+        license=license,
+        tags=(tags,) if isinstance(tags, str) else tuple(tags or ()),
+    )
+
+
+def describe_model(
+    model: nn.Module,
+    folder: Path,
+    metrics: Mapping[str, Any],
+    *,
+    name: str,
+    processor: Any = None,
+    data: Data | None = None,
+    base_model: str | None = None,
+    task: str | None = None,
+) -> CardContent:
+    """What the card of a model says that is as it was loaded.
+
+    Args:
+        model (`torch.nn.Module`): a Transformers model, or a wrapper around one.
+        folder (`Path`): where the card will be; pictures in it are shown.
+        metrics (`Mapping[str, Any]`): see [`CardContent`].
+        name (`str`): its name.
+        processor (*optional*): its tokenizer or processor.
+        data ([`Data`], *optional*): what it was evaluated on.
+        base_model, task (`str`, *optional*): see [`describe_run`].
+    """
+    base = transformers_model(model)
+    base_model = base_model or _hub_id(base.config)
+    return CardContent(
+        name=name,
+        model_class=type(base).__name__,
+        origin=_describe_origin(base_model, base.config, False, False),
+        methods=tuple(_methods_of_model(base)),
+        needs_plugin=any(row.reweighting for row in report(base).rows),
+        base_model=base_model,
+        processor=next((name for cls, name in AUTO_CLASSES.items() if isinstance(processor, cls)), None),
+        task=task or _task_of(base),
+        data=data or Data(),
+        metrics=metrics,
+        plots=tuple(sorted(path.relative_to(folder).as_posix() for path in _pictures(folder))),
+        environment={
+            "Python": platform.python_version(),
+            **{name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules},
+            "Device": base.device.type,
+        },
+    )
+
+
+def _methods_of_model(model: PreTrainedModel) -> Iterator[Method]:
+    """What is done to the attention, whatever the number of modules that it is done to."""
+    rows = {row.name: row for row in report(model).rows}
+    modules = [(rows[name], module) for name, module in attention_modules(model) if name in rows]
+    drops = dict.fromkeys(module.attention_drop_site.perturbation for row, module in modules if row.applied)
+    reweightings = dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting)
+    yield from map(describe_drop, drops)
+    for reweighting in reweightings:
+        yield from describe_reweighting(reweighting)
+
+
+def _methods_of_loss(trainer: Trainer) -> Iterator[Method]:
+    if getattr(trainer.args, "consistency_weight", 0) > 0:
+        values = {field.name: getattr(trainer.args, field.name) for field in fields(ConsistencyArguments)}
+        yield describe_consistency(ConsistencyArguments(**values))
+
+
+def _hub_id(config: PreTrainedConfig) -> str | None:
+    """The id on the Hub that a model was loaded by. A name alone does not tell, since a folder may have been moved
+    away; the cache of what was downloaded does."""
+    name = config._name_or_path
+    if not name or os.path.exists(name) or name.count("/") > 1:
+        return None
+    return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+
+
+def _describe_origin(base_model: str | None, config: PreTrainedConfig, is_trained: bool, is_adapter: bool) -> str:
+    if base_model:
+        begun = f"[{base_model}](https://huggingface.co/{base_model})"
+    elif config._name_or_path:
+        # A path says more about its machine than anybody should read.
+        begun = f"a local checkpoint, `{Path(config._name_or_path).name}`"
+    else:
+        return "trained from scratch" if is_trained else "not trained"
+    if not is_trained:
+        return f"with the weights of {begun}"
+    return f"trained as an adapter of {begun}" if is_adapter else f"fine-tuned from {begun}"
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    tasks = (task for task, classes in TASK_MAPPING.items() for names in classes.values() if name in _as_tuple(names))
+    return next(tasks, None)
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _metrics_of(trainer: Trainer, folder: Path) -> Mapping[str, Any]:
+    path = folder / METRICS_FILE
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    data = {"train_samples": trainer.train_dataset, "eval_samples": trainer.eval_dataset}
+    samples = {name: len(rows) for name, rows in data.items() if hasattr(rows, "__len__")}
+    return samples | _last_evaluation(trainer.state, trainer.args.load_best_model_at_end)
+
+
+def _last_evaluation(state: TrainerState, is_best_loaded: bool) -> dict[str, Any]:
+    """The last logged evaluation of the weights that the Trainer ended with. One of earlier weights does not count."""
+    history = state.log_history
+    end = next((position for position, entry in enumerate(history) if "train_runtime" in entry), len(history))
+    step = state.best_global_step if is_best_loaded and state.best_global_step else state.global_step
+    evaluations = [
+        entry
+        for position, entry in enumerate(history)
+        if any(name.startswith("eval_") for name in entry) and (position > end or entry.get("step") == step)
+    ]
+    return evaluations[-1] if evaluations else {}
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("*.png")
+    yield from folder.glob("plots/*.png")
+
+
+def _describe_training(trainer: Trainer) -> dict[str, str]:
+    args, state = trainer.args, trainer.state
+    each, times, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    several = f"{processes} process{'es' if processes > 1 else ''}"
+    warmup = f", {args.warmup_steps:g} warm-up" if args.warmup_steps else ""
+    return {
+        "Optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
+        "Samples per step": f"{each * times * processes} ({each} at once, {times} accumulated, {several})",
+        "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{warmup}",
+        "Optimizer": str(getattr(args.optim, "value", args.optim)),
+        "Weight decay": f"{args.weight_decay:g}",
+        "Label smoothing": f"{args.label_smoothing_factor:g}",
+        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "that of the weights",
+        "Seed": str(args.seed),
+    }

@@ -1,0 +1,57 @@
+"""What a recipe measures of the trained model beside the Trainer's own evaluation."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_attentiondrop.evaluation.classifier import ATTENTION_BATCHES, ClassifierEvaluation, evaluate_classifier
+from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attention_statistics
+from hf_attentiondrop.evaluation.perturbation_space import Normalization
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure at the end, beside accuracy, calibration and attention."""
+
+    _argument_group_name = "evaluation"
+
+    evaluate_robustness: bool = field(
+        default=False, metadata={"help": "Attack the trained model by FGSM and PGD and report its robust accuracy."}
+    )
+    robustness_samples: int = field(
+        default=200, metadata={"help": "How many of the held-out samples to attack; each takes about 100 passes."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.robustness_samples < 1:
+            raise ValueError(f"--robustness_samples: expected at least 1, got {self.robustness_samples}.")
+
+
+def measure_classifier(
+    trainer: Trainer, arguments: EvaluationArguments, normalization: Normalization | None = None
+) -> ClassifierEvaluation:
+    """Measures the trained classifier on the held-out data.
+
+    Every process measures all of it, since a model that is sharded among them runs only if they all run it.
+    """
+    return evaluate_classifier(
+        trainer.model,
+        held_out_batches(trainer),
+        attacked_samples=arguments.robustness_samples if arguments.evaluate_robustness else 0,
+        normalization=normalization,
+        seed=trainer.args.seed,
+    )
+
+
+def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:
+    """Measures how the trained model attends, on some of the held-out data."""
+    return attention_statistics(trainer.model, islice(held_out_batches(trainer), ATTENTION_BATCHES))
+
+
+def held_out_batches(trainer: Trainer) -> DataLoader[Any]:
+    """The held-out data as the Trainer evaluates it, whole on every process."""
+    batch_size = trainer.args.per_device_eval_batch_size
+    return DataLoader(trainer.eval_dataset, batch_size=batch_size, collate_fn=trainer.data_collator)

@@ -1,0 +1,408 @@
+"""Cards say what is so and nothing else, and a model that was pushed comes back from the Hub as it was."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
+from peft import LoraConfig, get_peft_model
+from transformers import BertForSequenceClassification, TrainerCallback, TrainerControl, TrainerState
+
+from hf_attentiondrop import (
+    AffineScaledConfig,
+    AttentionDropConfig,
+    AttentionDropTrainer,
+    AttentionDropTrainingArguments,
+    AttentionSinkConfig,
+    GatedAttentionConfig,
+)
+from hf_attentiondrop.hub import CardContent, Data, UploadError, build_card, write_card
+
+from .hub_push import METRICS
+from .hub_server import TOKEN, Fault, HubServer, running_hub
+from .models import build, inputs
+
+
+ROOT = Path(__file__).parents[1]
+FAULTS = [
+    Fault("POST /api/models/tester/forbidden/commit", 403),
+    Fault("POST /api/models/tester/broken/commit", 500),
+    Fault("POST /api/models/tester/cut-off/commit"),
+]
+FIGURES = {
+    "eval_accuracy": 0.97125,
+    "eval_macro_f1": 0.9,
+    "eval_loss": float("nan"),
+    "eval_samples": 360,
+    "eval_runtime": 1.0,
+    "eval_samples_per_second": 360.0,
+    "train_samples": 1437,
+    "majority_accuracy": 0.1,
+    "calibration": {
+        "expected_calibration_error": 0.031,
+        "negative_log_likelihood": 0.2,
+        "temperature": 1.25,
+        "after_temperature": {"expected_calibration_error": 0.0124},
+    },
+    "robustness": {
+        "norm": "linf",
+        "space": "pixels",
+        "samples": 200,
+        "attacks": [{"name": "PGD-20", "epsilon": 8 / 255, "accuracy": 0.41}, {"name": "FGSM", "epsilon": 0.1}],
+    },
+    "attention": {"encoder_attentions": {"entropy": 0.75, "first_token_mass": 0.25}},
+}
+
+
+class StopAtStep3(TrainerCallback):
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+def trainer_of(model: torch.nn.Module, folder: Path, family: str = "bert", **arguments: Any) -> AttentionDropTrainer:
+    batch = inputs(family)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+    arguments = {"max_steps": 2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True} | arguments
+    arguments = AttentionDropTrainingArguments(output_dir=str(folder), use_cpu=True, **arguments)
+    return AttentionDropTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
+
+
+def card_of(trainer: AttentionDropTrainer, **options: Any) -> ModelCard:
+    trainer.create_model_card(**options)
+    return ModelCard.load(Path(trainer.args.output_dir, "README.md"))
+
+
+def content(**values: Any) -> CardContent:
+    return CardContent(**{"name": "n", "model_class": "BertModel", "origin": "trained from scratch"} | values)
+
+
+def tables(text: str) -> dict[str, list[str]]:
+    """The rows of all tables, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+# What the card says
+
+
+@pytest.mark.parametrize(
+    ("config", "formula", "settings", "papers"),
+    [
+        (AttentionDropConfig(p=0.2, k=3), "L'[i,j] = -∞ with", {"p": "0.2", "k": "3", "fill": "mask"}, ["2504.12088"]),
+        (AttentionDropConfig(fill="zero", layers=[0, -1]), "L'[i,j] = 0 with", {"layers": "0, -1"}, ["2504.12088"]),
+        (AttentionDropConfig(variant="blur", width=3), "Σ_t g_t", {"width": "3", "sigma_max": "1.0"}, ["2504.12088"]),
+        (AffineScaledConfig(), "α = 1 + φ(W_a x) - φ(0),   φ(z) = clamp", {"momentum": "0.9"}, ["2602.23057"]),
+        (AffineScaledConfig(init="paper", activation="sigmoid"), "α = φ(W_a x),   φ(z) = 1", {}, ["2602.23057"]),
+        (AffineScaledConfig(gate=True), "output · 2 · sigmoid(W_g x)", {}, ["2602.23057", "2505.06708"]),
+        (AttentionSinkConfig(init=-2.0), "exp(s) + Σ_t", {"init": "-2.0"}, ["2602.23057"]),
+        (GatedAttentionConfig(init="paper"), "output · sigmoid(W_g x)", {"init": "paper"}, ["2505.06708"]),
+    ],
+)
+def test_card_shows_the_methods_that_were_used_and_no_other(
+    tmp_path: Path, config: Any, formula: str, settings: dict[str, str], papers: list[str]
+) -> None:
+    is_drop = isinstance(config, AttentionDropConfig)
+    options = {"attention_drop": config} if is_drop else {"attention_reweighting": config}
+    model = build("bert", attn_implementation="attentiondrop" if is_drop else config.method, **options)
+    card = card_of(trainer_of(model, tmp_path, consistency_weight=0.0))
+    assert formula in card.text
+    assert {name: tables(card.text)[f"`{name}`"] for name in settings} == {k: [v] for k, v in settings.items()}
+    assert re.findall(r"arXiv[: ](?:preprint arXiv:)?(\d{4}\.\d{5})", card.text) == papers
+    assert "Consistency" not in card.text
+    assert ("import hf_attentiondrop" in card.text) is not is_drop
+
+
+def test_consistency_is_shown_after_training_with_it(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        build("bert"), tmp_path, consistency_weight=0.5, consistency_divergence="js", learning_rate=1e-4
+    )
+    assert "loss = task" not in card_of(trainer).text
+    trainer.train()
+    card = card_of(trainer)
+    assert "loss = task + λ · D(P1, P2)" in card.text and "M = (P1 + P2) / 2" in card.text
+    rows = tables(card.text)
+    assert rows["`consistency_weight`"] == ["0.5"]
+    assert rows["Optimizer steps"] == ["2 (2 epochs)"]
+    assert rows["Learning rate"] == ["0.0001, linear"]
+    assert "liang2021rdrop" in card.text and "trained from scratch" in card.text
+
+
+def test_model_without_methods_has_none(tmp_path: Path) -> None:
+    card = card_of(trainer_of(build("bert", attn_implementation="sdpa"), tmp_path))
+    assert "Method" not in card.text and "Citation" not in card.text
+    assert card.data.tags == ["hf-attentiondrop"]
+
+
+def test_metadata_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
+    card = card_of(trainer_of(build("vit"), tmp_path, "vit"))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["hf-attentiondrop", "attentiondrop"],
+    }
+    card = card_of(trainer_of(build("vit"), tmp_path, "vit"), language="en", license="mit", tags="digits")
+    assert (card.data.language, card.data.license, card.data.tags[-1]) == ("en", "mit", "digits")
+
+
+def test_figures_become_tables() -> None:
+    text = build_card(content(metrics=FIGURES)).text
+    rows = tables(text)
+    assert rows["Metric"] == ["As it is", "After temperature scaling (T = 1.25)"]  # the last table of that name
+    assert rows["Accuracy"] == ["0.9712", "0.1"] and rows["F1 (macro)"] == ["0.9", "-"]
+    assert rows["Expected calibration error"] == ["0.031", "0.0124"]
+    assert rows["Negative log-likelihood (nats)"] == ["0.2", "-"]
+    assert rows["PGD-20"] == ["8/255", "0.41"] and "upper bound" in text and "200 samples" in text
+    assert "radius ε in pixels by the L∞ norm, on 200 samples" in text
+    assert (rows["Attention"], rows["Encoder"]) == (["Entropy (nats)", "Share of the first key"], ["0.75", "0.25"])
+    assert rows["Training"] == ["1437"] and rows["Evaluation"] == ["360"]
+    assert not {"Loss", "Runtime", "Samples per second", "FGSM"} & rows.keys()
+
+
+@pytest.mark.parametrize("metrics", [{}, {"calibration": {}, "robustness": None}, {"robustness": {"attacks": []}}])
+def test_nothing_measured_shows_nothing(metrics: dict[str, Any]) -> None:
+    text = build_card(content(metrics=metrics)).text
+    assert not any(heading in text for heading in ("Results", "Calibration", "Robustness", "## Data", "## Training"))
+
+
+def test_every_table_and_fence_is_whole(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(FIGURES))
+    trainer.train()
+    text = card_of(trainer, dataset="a | b\nc").text
+    assert "a \\| b c" in text
+    assert text.count("```") % 2 == 0
+    assert not re.search(r"\{\{|\{%|None|\n{3}", text)
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        lines = block.splitlines()
+        assert re.fullmatch(r"\|(---\|)+", lines[1])
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, block
+    # Markdown takes a table or a heading for what it is only after an empty line.
+    assert not re.search(r"^[^|\n].*\n\|", text, re.MULTILINE) and not re.search(r"[^\n]\n#+ ", text)
+
+
+def test_model_index_needs_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    known = content(metrics=FIGURES, task="text-classification", data=Data("Mine", "me/mine", "small", "test"))
+    card = ModelCard.load(write_card(known, tmp_path))
+    assert card.data.datasets == ["me/mine"] and card.data.metrics == ["accuracy", "f1"]
+    found = [(result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert found == [("accuracy", 0.97125), ("f1", 0.9)]
+    result = card.data.eval_results[0]
+    assert result.unique_identifier == ("text-classification", "me/mine", "small", "test", None)
+    assert "https://huggingface.co/datasets/me/mine" in card.text
+    assert not (tmp_path / ".eval_results").exists()
+
+    unknown = build_card(content(metrics=FIGURES, task="text-classification", data=Data("Mine")))
+    assert unknown.data.eval_results is None and unknown.data.datasets is None and "model_name" not in str(unknown)
+
+
+def test_results_of_a_benchmark_are_structured(tmp_path: Path) -> None:
+    write_card(content(metrics=FIGURES, data=Data(repo_id="me/mine", split="test", benchmark_task="easy")), tmp_path)
+    [entry] = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "mine.yaml").read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("me/mine", "easy", 0.97125)
+    assert entry.notes == "Accuracy, split test"
+
+
+def test_pictures_are_those_in_the_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "robust_accuracy.png", tmp_path / "plots" / "entropy.png"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    text = card_of(trainer_of(build("bert"), tmp_path)).text
+    assert re.findall(r"!\[(.*)\]\((.*)\)", text) == [
+        ("Entropy", "plots/entropy.png"),
+        ("Robust accuracy", "robust_accuracy.png"),
+    ]
+    with pytest.raises(ValueError, match=r"'gone\.png', and there is no such file"):
+        write_card(content(plots=("gone.png",)), tmp_path)
+
+
+def test_ids_that_cannot_be_on_the_hub_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`base_model` of a card must be an id on the Hub, got '/data/base'"):
+        write_card(content(base_model="/data/base"), tmp_path)
+    with pytest.raises(ValueError, match=r"`datasets` of a card"):
+        write_card(content(data=Data(repo_id="my data")), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_model_is_named_only_where_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("bert").save_pretrained(tmp_path / "secret" / "base")
+    local = BertForSequenceClassification.from_pretrained(tmp_path / "secret" / "base")
+    trainer = trainer_of(local, tmp_path / "out", consistency_weight=0.0)
+    trainer.train()
+    card = card_of(trainer)
+    assert card.data.base_model is None
+    assert "fine-tuned from a local checkpoint, `base`." in card.text and "secret" not in str(card)
+
+    # A name says nothing while nothing of that name was downloaded.
+    local.config._name_or_path = "me/base"
+    assert card_of(trainer).data.base_model is None
+    snapshot = tmp_path / "cache" / "models--me--base" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    card = card_of(trainer)
+    assert card.data.base_model == "me/base" and "fine-tuned from [me/base]" in card.text
+    assert card_of(trainer, finetuned_from="you/base").data.base_model == "you/base"
+
+
+def test_figures_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    # The only evaluation came before the last step, so it says nothing of the model as it is.
+    trainer = trainer_of(build("bert"), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(StopAtStep3())
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2]
+    assert "Loss" not in tables(card_of(trainer).text)
+    loss = trainer.evaluate()["eval_loss"]
+    rows = tables(card_of(trainer).text)
+    assert rows["Loss"] == [f"{loss:.4g}"] and rows["Evaluation"] == ["3"] and rows["Training"] == ["4"]
+    # The record of a run goes before the log.
+    (tmp_path / "metrics.json").write_text(json.dumps({"eval_loss": 0.125}))
+    assert tables(card_of(trainer).text)["Loss"] == ["0.125"]
+
+
+def test_figures_of_the_best_checkpoint_go_with_its_weights(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # By this measure the model gets worse from step to step.
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    trainer = trainer_of(build("bert"), tmp_path, **options, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert tables(card_of(trainer).text)["Loss"] == [f"{trainer.state.best_metric:.4g}"]
+
+
+def test_card_of_an_adapter(tmp_path: Path) -> None:
+    base = build("bert", attn_implementation="affine_scaled")
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], modules_to_save=["reweighting"]))
+    trainer = trainer_of(model, tmp_path, hub_model_id="me/adapter")
+    trainer.save_model()  # PEFT writes a card of its own
+    card = card_of(trainer)
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    for line in (
+        "import hf_attentiondrop  # registers the attention that config.json names",
+        'checkpoint = "me/adapter"',
+        'model = BertForSequenceClassification.from_pretrained("path/to/the/base/model")',
+        "model = PeftModel.from_pretrained(model, checkpoint)",
+    ):
+        assert line in card.text.splitlines()
+    assert "Affine-Scaled Attention" in card.text and "PEFT, and the base model" in card.text
+
+
+# The way to the Hub and back
+
+
+def run(hub: HubServer, home: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a program that takes the server for the Hub, and has downloaded nothing yet."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with running_hub(FAULTS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a process that trained models and pushed them."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(hub, folder / "home", sys.executable, "-m", "tests.hub_push", folder)
+    return folder
+
+
+def test_push_uploads_all_of_the_run_and_no_checkpoint(hub: HubServer, pushed: Path) -> None:
+    common = {"README.md", "config.json", "metrics.json", "model.safetensors", "reliability_diagram.png"}
+    files = {name: repository.files for name, repository in hub.repositories.items()}
+    assert common | {"tokenizer.json", "tokenizer_config.json"} <= files["tester/dropped"].keys()
+    assert common | {"preprocessor_config.json"} <= files["tester/reweighted"].keys()
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files["tester/adapter"].keys()
+    assert (pushed / "dropped" / "checkpoint-3").is_dir()
+    assert not [path for path in files["tester/dropped"] if path.startswith("checkpoint")]
+    assert json.loads(files["tester/dropped"]["metrics.json"]) == METRICS
+
+
+def test_card_on_the_hub_is_ours_and_was_looked_at(hub: HubServer, pushed: Path) -> None:
+    cards = {
+        name: hub.repositories[f"tester/{name}"].files["README.md"].decode()
+        for name in ("dropped", "reweighted", "adapter")
+    }
+    assert set(cards.values()) <= set(hub.validated)
+    assert "two sentences" in cards["dropped"] and "(reliability_diagram.png)" in cards["dropped"]
+    adapter, reweighted = ModelCard(cards["adapter"]).data, ModelCard(cards["reweighted"]).data
+    # Downloading it is what shows that the base model is one of the Hub.
+    assert (adapter.library_name, adapter.base_model) == ("peft", "tester/dropped")
+    assert reweighted.eval_results[0].dataset_type == "tester/colours"
+    assert reweighted.eval_results[0].metric_value == METRICS["eval_accuracy"]
+
+
+def test_models_come_back_by_their_ids_as_their_cards_say(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    run(hub, tmp_path / "home", sys.executable, "-m", "tests.hub_load", tmp_path / "results.pt")
+    results, outputs = torch.load(tmp_path / "results.pt"), torch.load(pushed / "outputs.pt")
+    assert "affine_scaled" in results.pop("refusal")  # without the plugin
+    assert results.keys() == outputs.keys()
+    for name, output in outputs.items():
+        assert output.std() > 1e-3
+        assert torch.equal(results[name], output), name
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "hint"),
+    [
+        ("forbidden", "403", "may write there"),
+        ("broken", "500", ""),
+        ("cut-off", "disconnected", ""),
+        ("anonymous", "401", "`hf auth login`"),
+        ("invalid", 'README.md: "license" must be a string', ""),
+    ],
+)
+def test_failed_upload_says_why_and_how_to_go_on(
+    hub: HubServer, pushed: Path, name: str, reason: str, hint: str
+) -> None:
+    message = json.loads((pushed / "errors.json").read_text())[name]
+    assert message.startswith(f"The upload to 'tester/{name}' failed: ")
+    assert reason in message and hint in message and "\n" not in message
+    assert f"untouched in {pushed / 'failing'}" in message
+    repository = hub.repositories.get(f"tester/{name}")
+    # What is not valid, or nobody's, does not even get a repository.
+    assert (repository is None) is (name in ("anonymous", "invalid"))
+    assert repository is None or not repository.files
+
+
+def test_trainer_that_cannot_reach_the_hub_says_so_before_it_trains(tmp_path: Path) -> None:
+    # The tests are offline, and the repository is created first of all.
+    with pytest.raises(UploadError, match="The upload to 'me/x' failed: .*offline.* Nothing was written yet: start"):
+        trainer_of(build("bert"), tmp_path / "out", push_to_hub=True, hub_model_id="me/x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_of_the_error_uploads_the_run(
+    hub: HubServer, pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "faults", [])
+    message = json.loads((pushed / "errors.json").read_text())["broken"]
+    program, *arguments = shlex.split(re.search("`(hf upload .*?)`", message)[1])
+    run(hub, tmp_path / "home", Path(sys.executable).with_name(program), *arguments)
+    files = hub.repositories["tester/broken"].files
+    assert files.keys() == hub.repositories["tester/dropped"].files.keys()
+    assert files["model.safetensors"] == (pushed / "failing" / "model.safetensors").read_bytes()
