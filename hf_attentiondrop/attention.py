@@ -116,12 +116,17 @@ def _attend(call: AttentionCall, drop: AttentionDropConfig | None) -> tuple[torc
     return _PERTURBED_ATTENTIONS[drop.variant](call, drop)
 
 
+def _strength(call: AttentionCall) -> torch.Tensor:
+    """The `p` or `sigma_max` of the module."""
+    return call.module.attention_drop_site.strength
+
+
 def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if drop.fill == "zero":
         return _zero_filled_attention(call, drop)
     visible = call.visible
     with torch.no_grad():
-        kept = ~draw_hits(call.scores(), visible, p=drop.p, k=drop.k, fill=drop.fill)
+        kept = ~draw_hits(call.scores(), visible, p=_strength(call), k=drop.k, fill=drop.fill)
     if visible is not None:
         kept &= visible
     is_additive = call.mask is not None and call.mask.dtype != torch.bool
@@ -145,7 +150,7 @@ def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[
         **call.lengths,
     )
     dtype = torch.promote_types(call.key.dtype, torch.float32)
-    sigma = drop.sigma_max * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
+    sigma = _strength(call) * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
     key = blur_keys(call.key, sigma, neighbours)
     if key.shape[1] == call.key.shape[1]:
         return attend_if_any_key(replace(call, key=key))
@@ -162,7 +167,7 @@ _PERTURBED_ATTENTIONS = {"hard": _hard_attention, "blur": _blurred_attention}
 def _zero_filled_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hard with hit scores at 0: they stay in the softmax, as constants, which takes a softmax of our own."""
     visible = call.visible
-    scores = mask_top_scores(call.scores(), visible, p=drop.p, k=drop.k, fill="zero")
+    scores = mask_top_scores(call.scores(), visible, p=_strength(call), k=drop.k, fill="zero")
     blind = None if visible is None else ~visible.any(dim=-1, keepdim=True)
     if blind is not None:
         scores = scores.masked_fill(blind, 0.0)

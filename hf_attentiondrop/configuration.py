@@ -154,9 +154,14 @@ class AttentionDropConfig(Configuration):
         )
 
     @property
+    def strength(self) -> float:
+        """What the perturbation may be scheduled by: `p` of hard, `sigma_max` of blur."""
+        return self.p if self.variant == "hard" else self.sigma_max
+
+    @property
     def is_active(self) -> bool:
         """Whether these values perturb anything at all."""
-        return self.p > 0 if self.variant == "hard" else self.sigma_max > 0 and self.width > 1
+        return self.strength > 0 and (self.variant == "hard" or self.width > 1)
 
     @property
     def summary(self) -> str:

@@ -56,7 +56,8 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
 
     Args:
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
-            wrapper around one (PEFT, DDP).
+            wrapper around one (PEFT, DDP). A compiled one is not compiled anew for another `p` or `sigma_max`, so
+            that they can be scheduled.
         drop: an [`AttentionDropConfig`] or a dict of its fields. It is written to the model's config, sub-configs
             included.
 
@@ -82,14 +83,21 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
             f'configuration would have no effect. Call model.set_attn_implementation("{NAME}") first, or load the '
             "model with it."
         )
-    previous = {id(config): config.attention_drop for config in configs_of(base.config)}
+    previous = [(config, config.__dict__.get(CONFIG_KEY)) for config in configs_of(base.config)]
     base.config.attention_drop = drop
     try:
         check_selection(base, CONFIG_KEY, [(site, site.drop) for site in _sites(running)])
     except ValueError:
-        for config in configs_of(base.config):
-            config.attention_drop = previous[id(config)]
+        for config, entry in previous:
+            config.attention_drop = entry
         raise
+    for config, entry in previous:
+        # A compiled model compiles anew where it finds another entry, but not where it finds the same with another p.
+        if entry is not None:
+            entry.update(config.__dict__[CONFIG_KEY])
+            config.__dict__[CONFIG_KEY] = entry
+    for site in _sites(running):
+        site.refresh()
 
 
 def transformers_model(model: Any) -> PreTrainedModel:

@@ -18,9 +18,9 @@ CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
 
 
-def _zero() -> torch.Tensor:
-    # Models are often built under a meta device; a count needs storage.
-    return torch.zeros((), dtype=torch.int64, device="cpu")
+def _number(dtype: torch.dtype) -> torch.Tensor:
+    # Models are often built under a meta device; a number needs storage.
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 @dataclass(eq=False)
@@ -34,8 +34,10 @@ class AttentionSite:
         stack: name of the stack of layers the module belongs to, such as `"model.decoder.layers"`.
         layer: position in that stack.
         num_layers: length of that stack.
-        calls: how many of its attention calls were perturbed. A tensor, because a number would be a constant to
-            `torch.compile`.
+        calls: how many of its attention calls were perturbed.
+        strength: the `p` or `sigma_max` that governs the module now.
+
+    Both are tensors, because numbers would be constants to `torch.compile`: it would compile anew when they change.
     """
 
     config: PreTrainedConfig
@@ -43,9 +45,11 @@ class AttentionSite:
     stack: str
     layer: int
     num_layers: int
-    calls: torch.Tensor = field(default_factory=_zero)
+    calls: torch.Tensor = field(default_factory=lambda: _number(torch.int64))
+    strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
     _entry: dict | None = None
     _drop: AttentionDropConfig | None = None
+    _is_active: bool = False
 
     @property
     def is_configured(self) -> bool:
@@ -55,16 +59,23 @@ class AttentionSite:
     @property
     def drop(self) -> AttentionDropConfig:
         """The configuration that governs the module, the defaults if none was set."""
-        entry = self.config.__dict__.get(CONFIG_KEY)
-        if self._drop is None or self._entry is not entry:
-            # Parsing is for once, not for every forward pass: an entry is replaced, never changed.
-            self._entry, self._drop = entry, AttentionDropConfig.from_dict(entry or {})
+        # Parsing is for once, not for every forward pass: an entry is replaced, or changed by `configure`.
+        if self._drop is None or self._entry is not self.config.__dict__.get(CONFIG_KEY):
+            self.refresh()
         return self._drop
+
+    def refresh(self) -> None:
+        """Takes over what the config's entry holds now."""
+        self._entry = self.config.__dict__.get(CONFIG_KEY)
+        self._drop = AttentionDropConfig.from_dict(self._entry or {})
+        self._is_active = self._drop.is_active
+        self.strength.fill_(self._drop.strength)
 
     @property
     def perturbation(self) -> AttentionDropConfig | None:
         """What happens to the module in training, or `None` for nothing."""
-        return self.drop if self.drop.is_active and self.is_selected_by(self.drop) else None
+        drop = self.drop
+        return drop if self._is_active and self.is_selected_by(drop) else None
 
     def is_selected_by(self, config: Configuration) -> bool:
         """Whether a configuration names this module's kind and layer."""
@@ -98,7 +109,7 @@ def place_sites(model: PreTrainedModel) -> None:
     positions = _positions(model, list(modules))
     for name, module in modules.items():
         previous = getattr(module, "attention_drop_site", None)
-        calls = previous.calls if previous is not None else _zero()
+        calls = previous.calls if previous is not None else _number(torch.int64)
         governing = _governing_config(model, name, module)
         module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], calls)
 

@@ -1,10 +1,12 @@
 """torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AttentionDropConfig, report
+from hf_attentiondrop import AttentionDropConfig, configure, report
 
 from .models import build, enable_checkpointing, inputs
 
@@ -36,6 +38,25 @@ def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) ->
         torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-5)
         assert {row.calls for row in report(model).active} == {calls}
     assert counters["stats"]["unique_graphs"] == 1, "a count or a draw made the model compile again"
+
+
+@pytest.mark.parametrize("variant", DROPS)
+@pytest.mark.parametrize("family", ["llama", "marian"])
+def test_a_schedule_does_not_compile_again(family: str, variant: str) -> None:
+    drop = DROPS[variant]
+    name = "sigma_max" if drop.variant == "blur" else "p"
+    model, batch = build(family, dropout=False, attention_drop=drop).train(), inputs(family)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for strength in (0.1, 0.9, 0.5):
+        configure(model, replace(drop, **{name: strength}))
+        torch.manual_seed(0)
+        wanted = model(**batch).loss
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
+        fresh = build(family, dropout=False, attention_drop=replace(drop, **{name: strength})).train()
+        torch.manual_seed(0)
+        torch.testing.assert_close(fresh(**batch).loss, wanted, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1, "another strength made the model compile again"
 
 
 @pytest.mark.slow

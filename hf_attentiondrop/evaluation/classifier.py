@@ -157,7 +157,8 @@ def save_plots(
     for stack, measured in (attention or {}).items():
         part = stack.removesuffix("attentions").strip("_")
         name = f"{part}_attention_entropy".lstrip("_")
-        figures[name] = plots.attention_entropy_map(measured.entropy, part, num_queries=measured.queries)
+        title = "cross-attention" if part == "cross" else part and f"the {part}"
+        figures[name] = plots.attention_entropy_map(measured.entropy, title, num_queries=measured.queries)
     if any("loss" in entry for entry in log_history):
         figures["training"] = plots.training_curves(log_history)
     paths = {name: Path(folder) / PLOTS_FOLDER / f"{name}.png" for name in figures}
