@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from consistency_loss import processor
 from experiments import CONFIDENCE, cell, run_recipe, summarize, write_results
+from measuring import hardware
 
 
 MEASURES = {
@@ -77,7 +77,7 @@ def main() -> None:
     )
     setup = {
         "command": f"python benchmarks/consistency_experiment.py {options}",
-        "hardware": processor(),
+        "hardware": hardware("cpu"),
         "threads": arguments.threads,
         "seeds": arguments.seeds,
         **{name: runs[0][name] for name in shared},

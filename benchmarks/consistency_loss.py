@@ -10,14 +10,14 @@ logits were in place (on a GPU: its allocated memory). Time: medians of runs tha
 
 import argparse
 import json
-import multiprocessing
 import platform
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -57,27 +57,11 @@ def step(form: str, logits: Tensor, weights: Tensor, divergence: str) -> None:
     FORMS[form](logits, weights, divergence).backward()
 
 
-def resident_megabytes(field: str) -> float:
-    """`VmRSS`, what this process holds now, or `VmHWM`, the most it ever held. (The maximum of getrusage counts the
-    process that started this one as well.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark measures processor memory on Linux only.")
-
-
-def peak_megabytes(form: str, items: int, classes: int, dtype: str, divergence: str, device: str) -> float:
-    """Extra peak memory of one step, in 10⁶ bytes."""
+def peak_of_step(form: str, items: int, classes: int, dtype: str, divergence: str, device: str) -> float:
+    """Extra peak memory of one step."""
     step(form, *make_inputs(2, 100, dtype, device), divergence)  # loads what is loaded on first use
     logits, weights = make_inputs(items, classes, dtype, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(form, logits, weights, divergence)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resident_megabytes("VmRSS")
-    step(form, logits, weights, divergence)
-    return resident_megabytes("VmHWM") - before
+    return peak_megabytes(lambda: step(form, logits, weights, divergence), device)
 
 
 def median_milliseconds(
@@ -85,23 +69,13 @@ def median_milliseconds(
 ) -> dict[str, float]:
     """Median time of a step of each form."""
     logits, weights = make_inputs(items, classes, dtype, device)
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _ in range(repeats + 1):
-        for form in FORMS:
-            logits.grad = None
-            start = time.perf_counter()
-            step(form, logits, weights, divergence)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[form].append(1e3 * (time.perf_counter() - start))
-    return {form: statistics.median(values[1:]) for form, values in times.items()}
 
+    def step_of(form: str) -> None:
+        logits.grad = None
+        step(form, logits, weights, divergence)
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    times = alternating_milliseconds({form: partial(step_of, form) for form in FORMS}, repeats, device)
+    return {form: statistics.median(values) for form, values in times.items()}
 
 
 def write_table(results: dict, folder: Path) -> None:
@@ -146,14 +120,11 @@ def main() -> None:
         for dtype in arguments.dtypes
         for divergence in arguments.divergences
     ]
-    # All memory first: a process that has done large work before would lend its free memory to its children. Forked
-    # ones need not import everything again, but CUDA does not survive a fork.
-    context = multiprocessing.get_context("fork" if arguments.device == "cpu" else "spawn")
+    # All memory first: a process that has done large work before would lend its free memory to its children.
     for case in cases:
         for form in FORMS:
-            with context.Pool(1) as pool:
-                peak = pool.apply(peak_megabytes, (form, *sizes, case["dtype"], case["divergence"], arguments.device))
-            case[form] = {"peak_mb": peak}
+            settings = (form, *sizes, case["dtype"], case["divergence"], arguments.device)
+            case[form] = {"peak_mb": in_fresh_process(peak_of_step, settings, arguments.device)}
     for case in cases:
         settings = (case["dtype"], case["divergence"], arguments.device, arguments.repeats)
         for form, median in median_milliseconds(*sizes, *settings).items():
@@ -164,7 +135,7 @@ def main() -> None:
         "command": " ".join(
             ["python benchmarks/consistency_loss.py", *(f"--{name} {value}" for name, value in options.items())]
         ),
-        "hardware": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
+        "hardware": hardware(arguments.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         **options,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from consistency_loss import processor
 from experiments import CONFIDENCE, cell, run_recipe, summarize, write_results
+from measuring import hardware
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attentiondrop.evaluation.diagnostics import SPIKE_FACTOR, SPIKE_WINDOW, attention_statistics, gradient_norms
@@ -123,7 +123,7 @@ def main() -> None:
     setup = {
         "command": f"python benchmarks/reweighting_experiment.py --seeds {' '.join(map(str, arguments.seeds))} "
         f"--epochs {arguments.epochs:g} --first_steps {arguments.first_steps} --threads {arguments.threads}",
-        "hardware": processor(),
+        "hardware": hardware("cpu"),
         "threads": arguments.threads,
         "seeds": arguments.seeds,
         "first_steps": arguments.first_steps,

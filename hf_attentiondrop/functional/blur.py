@@ -5,8 +5,10 @@ blend weights do not depend on the query, so blending the keys gives the same sc
 `O(Q·K·W)` and without a score matrix: any fused attention can follow.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch.nn import functional as F
 
 from .scores import expand_heads
 
@@ -60,13 +62,38 @@ def blur_keys(key: torch.Tensor, sigma: torch.Tensor, neighbours: torch.Tensor) 
     >>> blur_keys(key, torch.tensor([1.0]), everyone).flatten()
     tensor([0.3775, 0.4519, 0.3775])
     """
-    half, length = neighbours.shape[-1] // 2, key.shape[-2]
     if neighbours.shape[1] > key.shape[1]:
         key = expand_heads(key, neighbours.shape[1])
     dtype = torch.promote_types(key.dtype, torch.float32)
     weights = gaussian_window(sigma.to(dtype), neighbours).unsqueeze(-1)  # (B, H|1, K, W, 1)
-    padded = F.pad(key.to(dtype), (0, 0, half, half))
-    blurred = weights[..., 0, :] * padded[..., :length, :]
-    for shift in range(1, 2 * half + 1):
-        blurred = blurred + weights[..., shift, :] * padded[..., shift : shift + length, :]
-    return blurred.to(key.dtype)
+    return _Blend.apply(key, weights).to(key.dtype)
+
+
+class _Blend(torch.autograd.Function):
+    """Adds the weighted neighbours up in place, forward and backward; autograd would keep a padded copy per shift."""
+
+    @staticmethod
+    def forward(ctx: Any, key: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weights)
+        ctx.dtype = key.dtype
+        key = key.to(weights.dtype)
+        blurred = torch.zeros_like(key)
+        for weight, here, there in _shifts(weights, key.shape[-2]):
+            blurred[..., here, :].addcmul_(weight, key[..., there, :])
+        return blurred
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        of_key = torch.zeros_like(gradient)
+        for weight, here, there in _shifts(weights, gradient.shape[-2]):
+            of_key[..., there, :].addcmul_(weight, gradient[..., here, :])
+        return of_key.to(ctx.dtype), None
+
+
+def _shifts(weights: torch.Tensor, length: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+    """For each neighbour: its weights, the keys that have it, and where it is."""
+    half = weights.shape[-2] // 2
+    for offset in range(-min(half, length - 1), min(half, length - 1) + 1):
+        here, there = slice(max(0, -offset), length - max(0, offset)), slice(max(0, offset), length - max(0, -offset))
+        yield weights[..., here, half + offset, :], here, there

@@ -1,0 +1,248 @@
+"""Time and memory of the attention functions beside stock SDPA and eager attention, forward and backward.
+
+    python benchmarks/attention.py
+    python benchmarks/attention.py --device cuda --dtype bfloat16
+    python benchmarks/attention.py --cases bert-128 vit-197 --methods blur
+
+Times are ratios to SDPA with the same mask, in runs that take turns: medians, and quartiles in the JSON file. Memory
+is what one step adds to the peak, in a fresh process. Eager attention is left out where its weights do not fit.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes, ratio_to
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
+from hf_attentiondrop.attention import attention_drop_forward, reweighted_attention_forward
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and mask of an attention call: `(B, H, N, D)`, with `Hkv` key and value heads."""
+
+    batch_size: int
+    heads: int
+    length: int
+    head_dim: int = 64
+    kv_heads: int = 0
+    mask: str = "none"
+
+    def visible(self) -> Tensor | None:
+        """`(B|1, 1, N, N)`; `None` where SDPA needs no mask."""
+        positions = torch.arange(self.length)
+        causal = positions[:, None] >= positions
+        if self.mask == "padded":
+            lengths = torch.linspace(self.length / 2, self.length, self.batch_size).long()
+            keep = positions < lengths[:, None]
+            return keep[:, None, None].expand(-1, 1, self.length, -1).contiguous()
+        if self.mask == "packed":
+            documents = positions // math.ceil(self.length / 4)
+            return (causal & (documents[:, None] == documents))[None, None]
+        if self.mask == "window":
+            return (causal & (positions[:, None] - positions < self.length // 4))[None, None]
+        return None
+
+
+CASES = {
+    "bert-128": Case(8, 12, 128),
+    "bert-128 padded": Case(8, 12, 128, mask="padded"),
+    "vit-197": Case(8, 12, 197),
+    "bert-512": Case(2, 12, 512),
+    "encoder-1024": Case(2, 8, 1024),
+    "encoder-1024 padded": Case(2, 8, 1024, mask="padded"),
+    "causal-1024": Case(2, 8, 1024, mask="causal"),
+    "causal-1024 GQA": Case(2, 8, 1024, kv_heads=2, mask="causal"),
+    "packed-1024": Case(2, 8, 1024, mask="packed"),
+    "window-1024": Case(2, 8, 1024, mask="window"),
+    "causal-4096": Case(1, 8, 4096, mask="causal"),
+    "encoder-4096": Case(1, 8, 4096),
+    "causal-16384": Case(1, 2, 16384, mask="causal"),
+}
+GROWTH = {f"growth-{length}": Case(1, 2, length, mask="causal") for length in (1024, 2048, 4096, 8192)}
+DROPS = {
+    "hard": AttentionDropConfig(variant="hard"),
+    "hard, zero": AttentionDropConfig(variant="hard", fill="zero"),
+    "blur": AttentionDropConfig(variant="blur"),
+}
+METHODS = ("eager", *DROPS, "affine")
+# Eager attention and hard's zero fill hold several such matrices.
+MOST_WEIGHTS = 2**27
+
+
+def attention_module(case: Case, implementation: str, entries: dict[str, Any]) -> nn.Module:
+    """An attention module as a model has it, in training mode."""
+    hidden_size = case.heads * case.head_dim
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads or case.heads,
+        num_hidden_layers=1,
+        intermediate_size=hidden_size,
+        vocab_size=8,
+    )
+    for name, value in entries.items():
+        setattr(config, name, value)
+    return LlamaModel._from_config(config, attn_implementation=implementation).layers[0].self_attn.train()
+
+
+def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Forward and backward of an attention call by one method."""
+    torch.manual_seed(0)
+    visible, kv_heads = case.visible(), case.kv_heads or case.heads
+    shapes = [(case.batch_size, heads, case.length, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
+    leaves = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    mask = None if visible is None else visible.to(device)
+    options: dict[str, Any] = {"is_causal": case.mask == "causal"}
+    if method == "affine":
+        module = attention_module(case, "affine_scaled", {"attention_reweighting": AffineScaledConfig()})
+        states = torch.randn(case.batch_size, case.length, case.heads * case.head_dim, dtype=dtype, device=device)
+        attend = partial(reweighted_attention_forward, reweighting_states=states.requires_grad_())
+    elif method in DROPS:
+        module = attention_module(case, "attentiondrop", {"attention_drop": DROPS[method]})
+        attend = attention_drop_forward
+    else:
+        module = attention_module(case, method, {})
+        attend = sdpa_attention_forward if method == "sdpa" else eager_attention_forward
+    module.to(device, dtype)
+    if method == "eager":
+        if case.mask == "causal":
+            mask = torch.ones(case.length, case.length, dtype=torch.bool, device=device).tril()[None, None]
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+    direction = torch.randn(case.batch_size, case.length, case.heads, case.head_dim, dtype=dtype, device=device)
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        attend(module, *leaves, mask, scaling=case.head_dim**-0.5, dropout=0.0, **options)[0].backward(direction)
+
+    return step
+
+
+def memory(method: str, case: Case, dtype: torch.dtype, device: str, threads: int) -> float:
+    """Extra peak memory of a step, gradients included."""
+    torch.set_num_threads(threads)
+    make_step(method, Case(1, 2, 8, mask=case.mask), dtype, device)()  # loads what is loaded on first use
+    return peak_megabytes(make_step(method, case, dtype, device), device)
+
+
+def fits(method: str, case: Case) -> bool:
+    return method not in ("eager", "hard, zero") or case.batch_size * case.heads * case.length**2 <= MOST_WEIGHTS
+
+
+def growth(cases: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Exponents of time and memory in the length, by least squares over the logarithms."""
+    lengths = torch.tensor([math.log(GROWTH[name].length) for name in cases], dtype=torch.float64)
+    methods = set.intersection(*(set(rows) for rows in cases.values()))
+    exponents: dict[str, dict[str, float]] = {}
+    for method in sorted(methods):
+        exponents[method] = {}
+        for measure_name in ("median_ms", "peak_mb"):
+            values = torch.tensor([math.log(rows[method][measure_name]) for rows in cases.values()]).double()
+            centred = lengths - lengths.mean()
+            exponents[method][measure_name] = ((centred * values).sum() / centred.square().sum()).item()
+    return exponents
+
+
+def table(results: dict[str, Any]) -> str:
+    setup = results["setup"]
+    methods = ["sdpa", *setup["methods"]]
+
+    def cell(row: dict[str, float] | None) -> str:
+        return "-" if row is None else f"{row['ratio']:.2f} ({row['peak_mb']:.0f})"
+
+    lines = [
+        "# Attention, forward and backward",
+        "",
+        f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s), {setup['dtype']}; torch "
+        f"{setup['torch']}, transformers {setup['transformers']}.",
+        "",
+        "Time as a multiple of SDPA's with the same mask, median of "
+        f"{setup['repeats']} runs that take turns; in brackets the extra peak memory in MB (10⁶ bytes), gradients "
+        "included. A dash stands where the weights would not fit.",
+        "",
+        "| case | B, H, N, D | SDPA ms | " + " | ".join(methods) + " |",
+        "|---|---|---:|" + "---:|" * len(methods),
+    ]
+    for name, rows in results["cases"].items():
+        case = {**CASES, **GROWTH}[name]
+        shape = f"{case.batch_size}, {case.heads}, {case.length}, {case.head_dim}"
+        cells = " | ".join(cell(rows.get(method)) for method in methods)
+        lines.append(f"| {name} | {shape} | {rows['sdpa']['median_ms']:.1f} | {cells} |")
+    if results["growth"]:
+        lines += [
+            "",
+            "Exponents of time and of memory in the length, from the rows named growth (1 is linear, 2 quadratic):",
+            "",
+            "| method | time | memory |",
+            "|---|---:|---:|",
+        ]
+        lines += [
+            f"| {method} | {exponents['median_ms']:.2f} | {exponents['peak_mb']:.2f} |"
+            for method, exponents in results["growth"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {**CASES, **GROWTH}
+    parser.add_argument("--cases", nargs="+", choices=list(known), default=list(known))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    methods = {name: ["sdpa", *(m for m in arguments.methods if fits(m, known[name]))] for name in arguments.cases}
+    # All memory first: a process that has done large work before would lend its free memory to its children.
+    peaks = {
+        (name, method): in_fresh_process(memory, (method, known[name], dtype, device, arguments.threads), device)
+        for name in arguments.cases
+        for method in methods[name]
+    }
+    cases = {}
+    for name in arguments.cases:
+        steps = {method: make_step(method, known[name], dtype, device) for method in methods[name]}
+        times = alternating_milliseconds(steps, arguments.repeats, device)
+        cases[name] = {
+            method: {**ratio_to(times, method, "sdpa"), "peak_mb": peaks[name, method]} for method in methods[name]
+        }
+        print(name, {method: f"{row['ratio']:.2f}" for method, row in cases[name].items()}, flush=True)
+    grown = {name: rows for name, rows in cases.items() if name in GROWTH}
+    options = {name: getattr(arguments, name) for name in ("repeats", "dtype", "device", "threads")}
+    setup = {
+        "command": " ".join(["python benchmarks/attention.py", *(f"--{k} {v}" for k, v in options.items())]),
+        "hardware": hardware(arguments.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "methods": arguments.methods,
+        **options,
+    }
+    results = {"setup": setup, "cases": cases, "growth": growth(grown) if len(grown) > 1 else {}}
+    name = "attention" if arguments.device == "cpu" else f"attention_{arguments.device}"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / f"{name}.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
