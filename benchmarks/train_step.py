@@ -1,0 +1,214 @@
+"""Time and memory of whole training steps and of evaluation, beside the same model with stock SDPA.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --device cuda --layers 12 --batch_size 32 --dtype bfloat16
+
+A step is forward, backward and an AdamW update. Models have the widths of their originals; `--layers` and
+`--batch_size` scale them to the machine. Times are ratios to SDPA in runs that take turns: medians, with quartiles.
+Memory is what the first steps add to the peak, in a fresh process, model and optimizer included.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes, ratio_to
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
+
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdpa": ("sdpa", {}),
+    "hard": ("attentiondrop", {"attention_drop": AttentionDropConfig(variant="hard")}),
+    "blur": ("attentiondrop", {"attention_drop": AttentionDropConfig(variant="blur")}),
+    "affine": ("affine_scaled", {"attention_reweighting": AffineScaledConfig()}),
+}
+
+
+def tokens(batch_size: int, length: int, size: int = 1000) -> torch.Tensor:
+    return torch.randint(5, size, (batch_size, length))
+
+
+def bert(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """BERT-base on texts of 128 tokens, a quarter of them padding."""
+    mask = torch.ones(batch_size, 128, dtype=torch.long)
+    mask[: batch_size // 2, 64:] = 0
+    batch = {"input_ids": tokens(batch_size, 128), "attention_mask": mask, "labels": torch.zeros(batch_size).long()}
+    return BertForSequenceClassification, BertConfig(num_hidden_layers=layers), batch
+
+
+def vit(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """ViT-B/16 on images of 224 pixels, 197 tokens."""
+    batch = {"pixel_values": torch.randn(batch_size, 3, 224, 224), "labels": torch.zeros(batch_size).long()}
+    return ViTForImageClassification, ViTConfig(num_hidden_layers=layers), batch
+
+
+def marian(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Marian at its usual width on pairs of 64 tokens."""
+    config = MarianConfig(
+        vocab_size=8000,
+        d_model=512,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=2048,
+        decoder_ffn_dim=2048,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return MarianMTModel, config, {"input_ids": tokens(batch_size, 64), "labels": tokens(batch_size, 64)}
+
+
+def llama(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """A LLaMA of the width of those with 160 million parameters, grouped queries, on blocks of 1024 tokens."""
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        intermediate_size=3072,
+    )
+    batch_size = max(1, batch_size // 4)
+    block = tokens(batch_size, 1024)
+    return LlamaForCausalLM, config, {"input_ids": block, "labels": block}
+
+
+MODELS = {"bert-base": bert, "vit-b-16": vit, "marian": marian, "llama-160m": llama}
+
+
+def build(name: str, method: str, arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model_class, config, batch = MODELS[name](arguments.layers, arguments.batch_size)
+    implementation, entries = METHODS[method]
+    for key, value in entries.items():
+        setattr(config, key, value)
+    dtype = getattr(torch, arguments.dtype)
+    model = model_class._from_config(config, attn_implementation=implementation).to(arguments.device, dtype)
+    batch = {key: value.to(arguments.device) for key, value in batch.items()}
+    return model, {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def training_step(name: str, method: str, arguments: argparse.Namespace) -> Callable[[], None]:
+    model, batch = build(name, method, arguments)
+    optimizer = torch.optim.AdamW(model.train().parameters())
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def evaluation_step(name: str, method: str, arguments: argparse.Namespace) -> Callable[[], None]:
+    model, batch = build(name, method, arguments)
+    model.eval()
+
+    @torch.no_grad()
+    def step() -> None:
+        model(**batch)
+
+    return step
+
+
+def memory(name: str, method: str, arguments: argparse.Namespace) -> float:
+    """Peak memory of building a model and of its first two steps; the second has the optimizer's states."""
+    torch.set_num_threads(arguments.threads)
+
+    def steps() -> None:
+        step = training_step(name, method, arguments)
+        step()
+        step()
+
+    return peak_megabytes(steps, arguments.device)
+
+
+def table(results: dict[str, Any]) -> str:
+    setup = results["setup"]
+    versions = f"torch {setup['torch']}, transformers {setup['transformers']}"
+    lines = [
+        "# Training steps and evaluation of whole models",
+        "",
+        f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s), {setup['dtype']}; {versions}.",
+        "",
+        f"Models of their usual width with {setup['layers']} layers per stack, {setup['batch_size']} samples per "
+        "batch (LLaMA a quarter of it). Time as a multiple of the same model's with SDPA, median of "
+        f"{setup['repeats']} runs that take turns; memory likewise, of the peak of a training step.",
+        "",
+        "| model | method | training step | its memory | evaluation |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, rows in results["models"].items():
+        for method, row in rows.items():
+            training, evaluation = (
+                f"{row[kind]['ratio']:.2f} [{row[kind]['low']:.2f}, {row[kind]['high']:.2f}]"
+                for kind in ("training", "evaluation")
+            )
+            share = row["peak_mb"] / rows["sdpa"]["peak_mb"]
+            lines.append(f"| {name} | {method} | {training} | {share:.2f} | {evaluation} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = arguments.device
+
+    # All memory first: a process that has done large work before would lend its free memory to its children.
+    models: dict[str, dict[str, Any]] = {
+        name: {method: {"peak_mb": in_fresh_process(memory, (name, method, arguments), device)} for method in METHODS}
+        for name in arguments.models
+    }
+    for name, rows in models.items():
+        for kind, make in (("training", training_step), ("evaluation", evaluation_step)):
+            steps = {method: make(name, method, arguments) for method in METHODS}
+            times = alternating_milliseconds(steps, arguments.repeats, device)
+            for method in METHODS:
+                rows[method][kind] = ratio_to(times, method, "sdpa")
+        print(name, {method: f"{row['training']['ratio']:.2f}" for method, row in rows.items()}, flush=True)
+    options = {
+        name: getattr(arguments, name) for name in ("layers", "batch_size", "repeats", "dtype", "device", "threads")
+    }
+    setup = {
+        "command": " ".join(["python benchmarks/train_step.py", *(f"--{k} {v}" for k, v in options.items())]),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **options,
+    }
+    results = {"setup": setup, "models": models}
+    name = "train_step" if device == "cpu" else f"train_step_{device}"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / f"{name}.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

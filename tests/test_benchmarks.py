@@ -1,0 +1,31 @@
+"""The benchmarks run, and write tables of what they measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .recipe_runs import ROOT, run
+
+
+RUNS = {
+    "attention": ["--cases", "growth-1024", "growth-2048", "--methods", "blur", "affine"],
+    "train_step": ["--models", "marian", "--layers", "1", "--batch_size", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_benchmark_writes_its_table(name: str, tmp_path: Path) -> None:
+    result = run(ROOT / "benchmarks" / f"{name}.py", *RUNS[name], "--repeats", "2", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    text, results = (tmp_path / f"{name}.md").read_text(), json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["setup"]["command"] in text and results["setup"]["hardware"] in text
+    if name == "attention":
+        assert set(results["growth"]) == {"sdpa", "blur", "affine"}
+        assert all(0.7 < exponents["peak_mb"] < 1.3 for exponents in results["growth"].values())
+        rows = results["cases"]["growth-2048"]
+    else:
+        rows = results["models"]["marian"]
+    assert all(row["peak_mb"] > 0 for row in rows.values())
+    assert rows["sdpa"].get("ratio", 1.0) == 1.0
