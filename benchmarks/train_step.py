@@ -169,6 +169,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=11)
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = arguments.device
+    device, methods = arguments.device, ["sdpa", *arguments.methods]
 
     # All memory first: a process that has done large work before would lend its free memory to its children.
     models: dict[str, dict[str, Any]] = {
@@ -187,9 +188,9 @@ def main() -> None:
     }
     for name, rows in models.items():
         for kind, make in (("training", training_step), ("evaluation", evaluation_step)):
-            steps = {method: make(name, method, arguments) for method in METHODS}
+            steps = {method: make(name, method, arguments) for method in methods}
             times = alternating_milliseconds(steps, arguments.repeats, device)
-            for method in METHODS:
+            for method in methods:
                 rows[method][kind] = ratio_to(times, method, "sdpa")
         print(name, {method: f"{row['training']['ratio']:.2f}" for method, row in rows.items()}, flush=True)
     options = {

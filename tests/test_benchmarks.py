@@ -10,7 +10,7 @@ from .recipe_runs import ROOT, run
 
 RUNS = {
     "attention": ["--cases", "growth-1024", "growth-2048", "--methods", "blur", "affine"],
-    "train_step": ["--models", "marian", "--layers", "1", "--batch_size", "1"],
+    "train_step": ["--models", "marian", "--methods", "blur", "--layers", "1", "--batch_size", "1"],
 }
 
 
