@@ -183,7 +183,7 @@ def main() -> None:
 
     # All memory first: a process that has done large work before would lend its free memory to its children.
     models: dict[str, dict[str, Any]] = {
-        name: {method: {"peak_mb": in_fresh_process(memory, (name, method, arguments), device)} for method in METHODS}
+        name: {method: {"peak_mb": in_fresh_process(memory, (name, method, arguments), device)} for method in methods}
         for name in arguments.models
     }
     for name, rows in models.items():
