@@ -8,7 +8,6 @@ The loops stand in custom operators. `torch.compile` would unroll them, and coul
 keys that no query of a block sees, which only the values of a mask can tell.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -202,8 +201,8 @@ class _Block:
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """`(kv_heads, rows, keys)` from scaled queries, hidden ones -inf, in the first buffer."""
-        shape = *queries.shape[:2], keys.shape[1]
-        scores = torch.bmm(queries, keys.mT, out=self.buffers[0, : math.prod(shape)].view(shape))
+        shape = torch.Size((*queries.shape[:2], keys.shape[1]))
+        scores = torch.bmm(queries, keys.mT, out=self.buffers[0, : shape.numel()].view(shape))
         if self.visible is not None:
             by_head = scores.view(*self.visible.shape[:2], -1)
             by_head[..., -self.visible.shape[-1] :].masked_fill_(~self.visible, -torch.inf)
