@@ -2,7 +2,7 @@
 
 Hard perturbs the mask and blur perturbs the keys; the base attention then does the rest, so everything that it honours
 (bias, softcap, sinks, dropout, fused kernels) holds for the perturbed attention too. Only `fill="zero"`, which no
-mask can express, computes its own softmax.
+mask can express, computes its own softmax, and so does hard on long sequences on a processor, to spare the mask.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .base import AttentionCall, attend_if_any_key, base_attention, is_recomputing
 from .configuration import AttentionDropConfig
-from .functional import blur_keys, draw_hits, expand_heads, mask_top_scores, visible_neighbours
+from .functional import blur_keys, draw_hits, expand_heads, hard_attention, mask_top_scores, visible_neighbours
 
 
 NAME = "attentiondrop"
@@ -25,6 +25,8 @@ HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 # Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now,
 # and the rest is for the loss.
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
+# Scores of one head up to which a processor is as fast with the whole score matrix as with blocks of it.
+FEW_SCORES = 256 * 256
 # Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -122,6 +124,8 @@ def _strength(call: AttentionCall) -> torch.Tensor:
 
 
 def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if _runs_in_blocks(call):
+        return _hard_attention_in_blocks(call, drop), None
     if drop.fill == "zero":
         return _zero_filled_attention(call, drop)
     visible = call.visible
@@ -132,6 +136,22 @@ def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[tor
     is_additive = call.mask is not None and call.mask.dtype != torch.bool
     mask = call.mask.masked_fill(~kept, -torch.inf) if is_additive else kept
     return attend_if_any_key(replace(call, mask=mask))
+
+
+def _runs_in_blocks(call: AttentionCall) -> bool:
+    """Whether a processor does better without the score matrix, and nothing but masks shapes the scores."""
+    if call.query.device.type != "cpu" or call.query.shape[-2] * call.key.shape[-2] <= FEW_SCORES:
+        return False
+    if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None or call.dropout > 0:
+        return False
+    return call.mask is None or call.mask.dtype == torch.bool
+
+
+def _hard_attention_in_blocks(call: AttentionCall, drop: AttentionDropConfig) -> torch.Tensor:
+    shape = *call.query.shape[:-1], min(drop.k, call.key.shape[-2])
+    drawn = torch.rand(shape, device=call.query.device) < _strength(call)
+    states = (call.query, call.key, call.value)
+    return hard_attention(*states, drawn, call.mask, is_causal=call.causal, scaling=call.scaling, fill=drop.fill)
 
 
 def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:

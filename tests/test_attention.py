@@ -11,9 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop import AttentionDropConfig, attention
 from hf_attentiondrop.attention import attention_drop_forward
-from hf_attentiondrop.functional import draw_hits
+from hf_attentiondrop.functional import draw_hits, hard_blocks
 from hf_attentiondrop.sites import AttentionSite
 
 from . import reference
@@ -92,11 +92,46 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hard in blocks, of which even the short sequences here need several, in both directions."""
+    monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    monkeypatch.setattr(hard_blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(hard_blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_definition_forward_and_backward(case: AttentionCase, variant: str, dropout: float) -> None:
-    drop = VARIANTS[variant]
+    check_against_the_definition(case, VARIANTS[variant], dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_blocks_equal_the_definition(case: AttentionCase, variant: str, dropout: float, blocks: None) -> None:
+    check_against_the_definition(case, VARIANTS[variant], dropout)
+
+
+def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = attention.hard_attention
+    monkeypatch.setattr(attention, "hard_attention", lambda *a, **k: calls.append(a[0].shape[-2]) or original(*a, **k))
+    drop = VARIANTS["hard_mask"]
+    for name, length, options in [
+        ("none", 256, {}),
+        ("none", 257, {}),
+        ("none", 258, {"dropout": 0.1}),
+        ("none", 259, {"position_bias": torch.zeros(1, 4, 259, 259)}),
+        ("causal_without_mask", 260, {}),
+    ]:
+        case = replace(CASES_BY_NAME[name], queries=length, keys=length)
+        attention_drop_forward(make_module(case, drop), *case.tensors(torch.float32), None, **options)
+    assert calls == [257, 260]
+
+
+def check_against_the_definition(case: AttentionCase, drop: AttentionDropConfig, dropout: float) -> None:
     module = make_module(case, drop)
 
     def library(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -166,6 +201,17 @@ def test_returned_weights_are_the_ones_used(name: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_half_precision_is_finite_and_close(case: AttentionCase, variant: str, dtype: torch.dtype) -> None:
+    check_half_precision(case, variant, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_blocks_in_half_precision(case: AttentionCase, variant: str, dtype: torch.dtype, blocks: None) -> None:
+    check_half_precision(case, variant, dtype)
+
+
+def check_half_precision(case: AttentionCase, variant: str, dtype: torch.dtype) -> None:
     module = make_module(case, VARIANTS[variant])
     bias, mask = position_bias(case), case.mask()
     if mask is not None and mask.dtype != torch.bool:

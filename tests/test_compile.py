@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AttentionDropConfig, configure, report
+from hf_attentiondrop import AttentionDropConfig, attention, configure, report
 
 from .models import build, enable_checkpointing, inputs
 
@@ -27,6 +27,17 @@ def fresh_compiler() -> None:
 @pytest.mark.parametrize("variant", DROPS)
 @pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
 def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) -> None:
+    check_one_graph(family, variant)
+
+
+@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_hard_in_blocks_compiles_in_one_graph(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    check_one_graph(family, variant)
+
+
+def check_one_graph(family: str, variant: str) -> None:
     model, batch = build(family, dropout=False, attention_drop=DROPS[variant]).train(), inputs(family)
     torch.manual_seed(0)
     wanted = model(**batch).loss

@@ -9,6 +9,7 @@ from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_scale, rescale_outp
 from .blur import blur_keys, gaussian_window
 from .gate import gate_output
 from .hard import FILLS, draw_hits, mask_top_scores
+from .hard_blocks import hard_attention
 from .mean import visible_mean
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
@@ -27,6 +28,7 @@ __all__ = [
     "expand_heads",
     "gate_output",
     "gaussian_window",
+    "hard_attention",
     "mask_top_scores",
     "prepend_sink",
     "rescale_output",

@@ -29,12 +29,37 @@ def draw_hits(
     """
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    top = scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False)
-    hit = (torch.rand(top.values.shape, device=scores.device) < p) & (top.values > -torch.inf)
+    drawn = torch.rand(*scores.shape[:-1], min(k, scores.shape[-1]), device=scores.device) < p
+    num_visible = scores.shape[-1] if visible is None else visible.sum(dim=-1, keepdim=True)
+    index, hit = hit_top_scores(scores, drawn, num_visible, fill=fill)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, hit)
+
+
+def hit_top_scores(
+    scores: torch.Tensor, drawn: torch.Tensor, num_visible: torch.Tensor | int, *, fill: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which scores a draw hits.
+
+    Args:
+        scores: `(..., rows, K)`, hidden ones at -inf.
+        drawn: boolean `(..., rows, k)`, true where the score of that rank is to be hit, from the highest down: so it
+            means the same scores however many hidden ones stand beside them.
+        num_visible: how many keys each row sees, `(..., rows, 1)`.
+        fill: as in [`draw_hits`].
+
+    Returns:
+        The indices of the `k` highest scores of each row, and which of them are hit: `(..., rows, k)` both.
+    """
+    top = scores.topk(drawn.shape[-1], dim=-1)
+    hit = drawn & (top.values > -torch.inf)
     if fill == "mask":
-        num_visible = scores.shape[-1] if visible is None else visible.sum(dim=-1, keepdim=True)
         hit = hit & (hit.sum(dim=-1, keepdim=True) < num_visible)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, hit)
+    return top.indices, hit
+
+
+def fill_hits(scores: torch.Tensor, index: torch.Tensor, hit: torch.Tensor, fill: float) -> torch.Tensor:
+    """Puts a number in the place of the scores that [`hit_top_scores`] found hit, in place."""
+    return scores.scatter_(-1, index, scores.gather(-1, index).masked_fill(hit, fill))
 
 
 def mask_top_scores(

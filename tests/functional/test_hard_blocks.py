@@ -1,0 +1,124 @@
+"""Hard attention in blocks: derivatives, checkpointing, precision, and the keys that it leaves out."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+
+from hf_attentiondrop.functional import hard_attention, hard_blocks, mask_top_scores
+
+from ..cases import CASES_BY_NAME
+
+
+NAMES = ["none", "causal_without_mask", "padding_left", "masks_per_head_grouped", "blind", "cross_random", "cached"]
+FILLS = ["mask", "zero"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hard_blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(hard_blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+
+
+def attend(name: str, fill: str) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Hard attention on a mask of the table, as a function of query, key and value alone, and these."""
+    case = CASES_BY_NAME[name]
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.rand(case.batch_size, case.heads, case.queries, 3, generator=generator) < 0.5
+    mask = case.mask()
+    tensors = tuple(tensor[..., :4].requires_grad_() for tensor in case.tensors())
+    return lambda *states: hard_attention(*states, drawn, mask, is_causal=case.is_causal, fill=fill), tensors
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_slopes(name: str, fill: str) -> None:
+    assert gradcheck(*attend(name, fill), fast_mode=True)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped"])
+def test_the_operator_keeps_the_rules_of_torch(name: str, fill: str) -> None:
+    case, (_, tensors) = CASES_BY_NAME[name], attend(name, fill)
+    drawn = torch.rand(3, 4, 9, 3) < 0.5
+    operator = torch.ops.hf_attentiondrop.hard_attention.default
+    torch.library.opcheck(operator, (*tensors, drawn, case.mask(), case.is_causal, 0.5, fill))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_values_may_have_a_size_of_their_own(fill: str) -> None:
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+    drawn = torch.rand(2, 4, 9, 3) < 0.5
+    output = hard_attention(query, key, value, drawn, fill=fill)
+    again = hard_attention(query, key, torch.cat([value, value], dim=-1), drawn, fill=fill)
+    assert output.shape == (2, 9, 4, 5)
+    torch.testing.assert_close(again, torch.cat([output, output], dim=-1))
+
+
+def test_a_draw_hits_the_score_of_its_rank() -> None:
+    scores = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    drawn = torch.tensor([False, True, False]).view(1, 1, 1, 3)
+    key, value = scores.view(1, 1, 4, 1), torch.eye(4)[None, None]
+    weights = hard_attention(torch.ones(1, 1, 1, 1), key, value, drawn)
+    torch.testing.assert_close(weights.flatten(), scores.masked_fill(scores == 2, -torch.inf).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_no_gradient_flows_through_a_hit_score(fill: str) -> None:
+    """With one query and one component, the gradient of a key is the gradient of its score."""
+    key = torch.randn(1, 1, 9, 1, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 1, 9, 4, dtype=torch.float64)
+    hard_attention(torch.ones_like(key[:, :, :1]), key, value, torch.ones(1, 1, 1, 3) > 0, fill=fill).sum().backward()
+    hit = mask_top_scores(key.detach().mT, p=1.0, k=3).flatten() == -torch.inf
+    assert hit.sum() == 3
+    assert (key.grad.flatten()[hit] == 0).all() and (key.grad.flatten()[~hit] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["padding_right", "sliding_window", "causal_without_mask", "packed"])
+def test_keys_that_no_query_of_a_block_sees_are_left_out(name: str) -> None:
+    case = CASES_BY_NAME[name]
+    query, key, _ = case.tensors()
+    mask = case.mask()
+    blocks = list(hard_blocks._blocks(query, key, mask, case.is_causal))
+    work = sum(
+        (b.heads.stop - b.heads.start) * (b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start)
+        for b in blocks
+    )
+    assert case.visible.sum() <= work < 0.85 * case.visible.numel()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("fill", FILLS)
+def test_checkpointing_repeats_the_draw(fill: str, use_reentrant: bool) -> None:
+    def layer(*states: torch.Tensor) -> torch.Tensor:
+        return hard_attention(*states, torch.rand(3, 4, 9, 3) < 0.5, fill=fill)
+
+    gradients = []
+    for run in (layer, lambda *states: checkpoint(layer, *states, use_reentrant=use_reentrant)):
+        tensors = [tensor.requires_grad_() for tensor in CASES_BY_NAME["none"].tensors()]
+        torch.manual_seed(0)
+        run(*tensors).square().sum().backward()
+        gradients.append([tensor.grad for tensor in tensors])
+    for plain, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, repeated)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_autocast_does_not_reach_inside(fill: str) -> None:
+    function, tensors = attend("causal_without_mask", fill)
+    states = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in tensors]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = function(*states)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
+    assert all(a.dtype == b.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    function, tensors = attend("none", "mask")
+    gradient = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient[0].sum().backward()
