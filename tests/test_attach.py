@@ -387,16 +387,9 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
     batch = inputs(family, padding="left", length=8)
     del batch["labels"]
     model = randomise(build_reweighted(family, name))
-    generated = model.generate(
-        **batch,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        do_sample=False,
-        num_beams=num_beams,
-        output_logits=True,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    options |= {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    generated = model.generate(**batch, **options)
     if num_beams == 1:
         if family == "llama":
             added = generated.sequences.shape[1] - batch["input_ids"].shape[1]
@@ -408,16 +401,7 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
         cached = torch.stack(generated.logits, dim=1)
         seen = cached.isfinite()
         torch.testing.assert_close(cached[seen], full[seen], rtol=0, atol=1e-5)
-    uncached = model.generate(
-        **batch,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        do_sample=False,
-        num_beams=num_beams,
-        use_cache=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
+    uncached = model.generate(**batch, **options, use_cache=False)
     assert torch.equal(generated.sequences, uncached.sequences)
     if num_beams > 1:
         torch.testing.assert_close(generated.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)

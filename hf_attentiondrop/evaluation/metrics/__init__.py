@@ -59,7 +59,5 @@ def load_metric(name: str, **kwargs: object) -> "evaluate.Metric":
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError(
-            "Metric modules need evaluate and scikit-learn: `pip install evaluate scikit-learn`."
-        ) from error
+        raise ImportError("Metric modules need evaluate: `pip install hf-attentiondrop[evaluation]`.") from error
     return evaluate.load(metric_path(name), **kwargs)
