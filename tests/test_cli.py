@@ -311,6 +311,15 @@ def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFix
     data = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "report"]
     assert "samples            4\n" in printed(capsys, "evaluate", tmp_path / "model", *data, *flags)
 
+    for contents, message in (
+        ("first,class\n,1\na,0\n", "expected a text for every sample, got None"),
+        ("", "pairs.csv"),
+    ):
+        (tmp_path / "pairs.csv").write_text(contents)
+        arguments = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "none", *flags[:2], *flags[4:]]
+        code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments)
+        assert code == 2 and message in line and not (tmp_path / "none").exists()
+
 
 def test_evaluate_refuses_bad_input(
     classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

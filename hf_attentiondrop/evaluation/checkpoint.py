@@ -92,7 +92,7 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
     try:
         splits = load_dataset(*arguments, **options)
     except Exception as error:  # Every reader has its own way to fail on a file.
-        raise ValueError(f"--data: {name!r} cannot be loaded: {error}") from error
+        raise ValueError(f"--data: {name!r} cannot be loaded: {error.__cause__ or error}") from error
     chosen = split or next((known for known in SPLITS if known in splits), next(iter(splits)))
     if chosen not in splits:
         raise ValueError(f"--split: {name!r} has no split {chosen!r}; it has {', '.join(splits)}.")
@@ -174,6 +174,9 @@ def _encode_images(processor: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
 
 def _encode_texts(tokenizer: Any) -> Callable[..., Mapping[str, Any]]:
     def encode(texts: list[str], pairs: list[str] | None = None) -> Mapping[str, Any]:
+        for text in (*texts, *(pairs or ())):
+            if not isinstance(text, str):
+                raise ValueError(f"--text_column: expected a text for every sample, got {text!r}.")
         return dict(tokenizer(texts, pairs, truncation=True, padding=True, return_tensors="pt"))
 
     return encode
