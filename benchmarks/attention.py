@@ -42,18 +42,18 @@ class Case:
 
     def visible(self) -> Tensor | None:
         """`(B|1, 1, N, N)`; `None` where SDPA needs no mask."""
+        if self.mask in ("none", "causal"):
+            return None
         positions = torch.arange(self.length)
-        causal = positions[:, None] >= positions
         if self.mask == "padded":
             lengths = torch.linspace(self.length / 2, self.length, self.batch_size).long()
             keep = positions < lengths[:, None]
             return keep[:, None, None].expand(-1, 1, self.length, -1).contiguous()
+        causal = positions[:, None] >= positions
         if self.mask == "packed":
             documents = positions // math.ceil(self.length / 4)
             return (causal & (documents[:, None] == documents))[None, None]
-        if self.mask == "window":
-            return (causal & (positions[:, None] - positions < self.length // 4))[None, None]
-        return None
+        return (causal & (positions[:, None] - positions < self.length // 4))[None, None]
 
 
 CASES = {
