@@ -1,10 +1,6 @@
 """How to load a model, as its card puts it."""
 
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from .card import CardContent
+from .content import CardContent
 
 
 PROCESSORS = {
@@ -15,7 +11,7 @@ PROCESSORS = {
 }
 
 
-def loading_text(content: "CardContent") -> str:
+def loading_text(content: CardContent) -> str:
     """What it takes to load the model."""
     sentences = []
     if content.adapter:
@@ -32,7 +28,7 @@ def loading_text(content: "CardContent") -> str:
     return " ".join(sentences)
 
 
-def loading_code(content: "CardContent") -> str:
+def loading_code(content: CardContent) -> str:
     """The lines of Python that load the model, and its tokenizer or processor."""
     place = f'"{content.repo_id}"' if content.repo_id else '"."  # the folder that this card is in'
     imported = sorted(filter(None, (content.model_class, content.processor)), key=str.lower)

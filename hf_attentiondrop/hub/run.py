@@ -27,7 +27,7 @@ from ..registration import transformers_model
 from ..report import report
 from ..sites import attention_modules
 from ..training_args import ConsistencyArguments
-from .card import CardContent, Data
+from .content import CardContent, Data
 from .methods import Method, describe_consistency, describe_drop, describe_reweighting
 
 
