@@ -52,8 +52,10 @@ def evaluate_checkpoint(
         raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {output_dir!r}.")
     model, processor = load_classifier(model_name)
     dataset = load_labelled(data_name, split, config)
+    # Files come sorted by class, and attacks and attention are measured on the first samples.
+    dataset = dataset.shuffle(seed=seed)
     if max_samples is not None and max_samples < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(max_samples))
+        dataset = dataset.select(range(max_samples))
     is_image = hasattr(processor, "image_mean")
     columns = [image_column] if is_image else list(filter(None, (text_column, text_pair_column)))
     labels = class_numbers(dataset, label_column, model.config)

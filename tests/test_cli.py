@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
@@ -330,6 +331,9 @@ def test_evaluate_refuses_bad_input(
     (tmp_path / "others" / "nine").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "others" / "nine" / "0.png")
     base = config_folder(tmp_path / "base", BertConfig().to_dict())
+    unlabelled = tmp_path / "unlabelled.parquet"
+    features = Features({"image": Value("string"), "label": ClassLabel(names=list(NAMES))})
+    Dataset.from_dict({"image": ["a"], "label": [-1]}, features=features).to_parquet(unlabelled)
     report, good = ["--output_dir", tmp_path / "report"], ["--data", digits]
     cases = [
         ([classifier, *good, "--output_dir", tmp_path / "full"], "--output_dir: expected an empty folder"),
@@ -342,6 +346,7 @@ def test_evaluate_refuses_bad_input(
         ([classifier, *good, *report, "--image_column", "picture"], "has no column 'picture'"),
         ([classifier, "--data", tmp_path / "others", *report], "classes that the model does not know, nine"),
         ([classifier, *good, *report, "--device", "abacus"], "abacus"),
+        ([classifier, "--data", unlabelled, *report], "samples without a label"),
     ]
     for argv, message in cases:
         code, line = failure(capsys, "evaluate", *argv)

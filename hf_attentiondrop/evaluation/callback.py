@@ -1,5 +1,6 @@
 """The diagnostics of a training, while it runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -67,8 +68,9 @@ class DiagnosticsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "grad_norm" in (logs or {}):
-            self.norms.append(float(logs["grad_norm"]))
+        norm = float((logs or {}).get("grad_norm", math.nan))
+        if math.isfinite(norm):  # Loss scaling skips steps whose gradients overflow.
+            self.norms.append(norm)
 
     def on_step_end(
         self,

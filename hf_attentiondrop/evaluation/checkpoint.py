@@ -113,6 +113,11 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
             f"--label_column: the data has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
         )
     labels, names = dataset[column][:], getattr(dataset.features[column], "names", None)
+    if any(label is None or (names is not None and not 0 <= label < len(names)) for label in labels):
+        raise ValueError(
+            f"--label_column: {column!r} has samples without a label, as test splits often do: nothing can be "
+            "measured on them. Take another split, or remove them."
+        )
     if names is not None and not all(name.startswith("LABEL_") for name in config.label2id):
         labels = [names[label] for label in labels]
     if all(str(label) in config.label2id for label in labels):

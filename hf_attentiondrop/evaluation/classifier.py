@@ -15,6 +15,7 @@ from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import ReliabilityBins, calibration_metrics, fit_temperature, reliability
 from .diagnostics import AttentionStatistics, attention_statistics
+from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
 from .running import mode, to_device_of
 
@@ -76,6 +77,9 @@ def evaluate_classifier(
         ValueError: for no data, labels or logits that do not fit, and as [`~evaluation.adversarial.attack_batch`].
     """
     logits, labels = predict(model, batches)
+    is_labelled = labels != IGNORE_INDEX
+    logits, labels = logits[is_labelled], labels[is_labelled]
+    check_not_empty(len(labels))
     scores = {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "samples": len(labels)}
     calibration: dict[str, Any] = calibration_metrics(logits, labels)
     is_wrong = logits.argmax(-1) != labels

@@ -116,6 +116,16 @@ def test_temperatures_come_from_the_other_half() -> None:
     assert torch.allclose(scaled[1::2] * fit_temperature(logits[::2], labels[::2]), logits[1::2])
 
 
+def test_samples_without_a_label_count_for_nothing() -> None:
+    model, batches = vit(), images()
+    whole = evaluate_classifier(model, batches[:2]).metrics
+    ignored = batches[2] | {"labels": torch.full_like(batches[2]["labels"], -100)}
+    partial = evaluate_classifier(model, [*batches[:2], ignored]).metrics
+    assert (partial["accuracy"], partial["samples"]) == (whole["accuracy"], 10)
+    with pytest.raises(ValueError, match="at least one item with a label"):
+        evaluate_classifier(model, [ignored])
+
+
 def resnet() -> ResNetForImageClassification:
     config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
     return ResNetForImageClassification(config)
