@@ -334,6 +334,7 @@ def test_evaluate_refuses_bad_input(
     unlabelled = tmp_path / "unlabelled.parquet"
     features = Features({"image": Value("string"), "label": ClassLabel(names=list(NAMES))})
     Dataset.from_dict({"image": ["a"], "label": [-1]}, features=features).to_parquet(unlabelled)
+    capsys.readouterr()  # the progress bar of that
     report, good = ["--output_dir", tmp_path / "report"], ["--data", digits]
     cases = [
         ([classifier, *good, "--output_dir", tmp_path / "full"], "--output_dir: expected an empty folder"),
