@@ -10,7 +10,7 @@ import torch
 from .evaluation.checkpoint import class_numbers, labelled_batches, load_classifier, load_labelled
 from .evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
 from .evaluation.perturbation_space import Normalization
-from .hub import METRICS_FILE, Data, describe_model, write_card
+from .hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
 
 
 def evaluate_checkpoint(
@@ -88,6 +88,6 @@ def summary(evaluation: ClassifierEvaluation, output_dir: str) -> str:
     }
     for name, curve in evaluation.curves.items():
         rows[f"under {name}"] = f"{curve[-1].accuracy:.4f} at epsilon {curve[-1].epsilon:.4g}"
-    rows["report"] = Path(output_dir, "README.md")
+    rows["report"] = Path(output_dir, CARD_FILE)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -71,9 +71,6 @@ class TextDataArguments(FileArguments):
 @dataclass
 class TextTrainingArguments(RunArguments, AttentionDropTrainingArguments):
     output_dir: str = field(default="runs/text_classification", metadata={"help": "Folder for all that is written."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .diagnostics import attention_statistics, gradient_noise, gradient_norms
+from .running import random_state_kept
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -93,9 +93,7 @@ class DiagnosticsCallback(TrainerCallback):
             self.trainer.log({f"gradient_norm_{name}": norms[name] for name in ("mean", "variance", "spikes")})
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
-        devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
-        device_type = torch.accelerator.current_accelerator().type if devices else "cuda"
-        with torch.random.fork_rng(devices, device_type=device_type):
+        with random_state_kept(model):
             statistics = attention_statistics(model, self.batches)
             logs = {
                 f"{stack}_{name}": value

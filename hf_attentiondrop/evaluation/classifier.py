@@ -17,7 +17,7 @@ from .calibration import ReliabilityBins, calibration_metrics, fit_temperature, 
 from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
-from .running import mode, to_device_of
+from .running import mode, random_state_kept, to_device_of
 
 
 logger = logging.getLogger(__name__)
@@ -190,8 +190,7 @@ def _attacked(
     }
     curves = {}
     for name, attack in attacks.items():
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
-        with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
+        with random_state_kept(model):
             torch.manual_seed(seed)
             epsilons = [share * epsilon for share in STRENGTHS]
             curves[name] = robustness_curve(model, _first(batches, samples), epsilons, attack, normalization)

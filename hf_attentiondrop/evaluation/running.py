@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,6 +29,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Torch's random states as they were afterwards, of the processor and of the devices that the model is on."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+    with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
+        yield
 
 
 def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

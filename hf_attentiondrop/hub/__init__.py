@@ -1,12 +1,13 @@
 """A trained model on the Hub: its card, the results in it, and the upload."""
 
-from .card import build_card, check_card, write_card
+from .card import CARD_FILE, build_card, check_card, write_card
 from .content import CardContent, Data
 from .run import METRICS_FILE, describe_model, describe_run
 from .upload import ModelCardMixin, UploadError
 
 
 __all__ = [
+    "CARD_FILE",
     "METRICS_FILE",
     "CardContent",
     "Data",

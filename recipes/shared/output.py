@@ -17,14 +17,13 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 import hf_attentiondrop
 from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
+from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE
 
 from .arguments import RecipeParser
 from .checkpoints import find_checkpoint
 
 
-METRICS_FILE = "metrics.json"
 RUN_FILE = "run.yaml"
-CARD_FILE = "README.md"
 NESTED_METRICS = ("calibration", "robustness", "attention")
 # How a run was started, and on what, is no part of what it computes.
 NOT_IN_RUN_FILE = ("config", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu", "hub_token")
