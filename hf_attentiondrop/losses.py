@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 # Elements of one pass to work on at a time: few enough to stay in a processor's cache, enough to keep a GPU busy.
 CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
+# Equal passes differ by rounding at most; dropout gives far more, even at initialization.
+NO_DIVERGENCE = 1e-9
 
 
 class Divergence(NamedTuple):

@@ -66,7 +66,9 @@ def evaluate_checkpoint(
         model, batches, attacked_samples=attacked_samples, normalization=normalization, seed=seed
     )
     save_plots(folder, evaluation)
-    metrics = {f"eval_{name}": evaluation.metrics[name] for name in ("accuracy", "samples")} | evaluation.metrics
+    # What a Trainer measures too goes by its names, here as in the record of a recipe.
+    own = ("accuracy", "samples")
+    metrics = {f"eval_{name}" if name in own else name: value for name, value in evaluation.metrics.items()}
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     is_local = Path(data_name).exists()
     # Of a path only the name: the rest is about this machine.

@@ -13,14 +13,12 @@ from transformers import Seq2SeqTrainer, Trainer
 from .consistency import LabelAlignment, has_dropout, output_divergence
 from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
 from .hub import ModelCardMixin
+from .losses import NO_DIVERGENCE
 from .recording import RecordForward
 from .training_args import ConsistencyArguments
 
 
 logger = logging.getLogger(__name__)
-
-# Equal passes differ by rounding at most; dropout gives far more, even at initialization.
-NO_DIVERGENCE = 1e-9
 
 
 class ConsistencyTrainerMixin:

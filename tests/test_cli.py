@@ -273,7 +273,7 @@ def test_evaluate_writes_a_report(
     flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
     output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert f"accuracy           {metrics['accuracy']:.4f}\n" in output and "under PGD-20" in output
+    assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
 
     model = ViTForImageClassification.from_pretrained(classifier).eval()
     processor = ViTImageProcessorPil.from_pretrained(classifier)
@@ -281,7 +281,7 @@ def test_evaluate_writes_a_report(
     for path in digits.glob("*/*.png"):
         inputs = processor(Image.open(path).convert("RGB"), return_tensors="pt")
         right += model.config.id2label[model(**inputs).logits.argmax().item()] == path.parent.name
-    assert (metrics["accuracy"], metrics["samples"]) == (right / 24, 24)
+    assert (metrics["eval_accuracy"], metrics["eval_samples"]) == (right / 24, 24)
     assert metrics["robustness"]["samples"] == 5
 
     card = (tmp_path / "report" / "README.md").read_text()

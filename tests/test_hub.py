@@ -42,6 +42,7 @@ FIGURES = {
     "eval_accuracy": 0.97125,
     "eval_macro_f1": 0.9,
     "eval_loss": float("nan"),
+    "eval_expected_calibration_error": 0.031,
     "eval_samples": 360,
     "eval_runtime": 1.0,
     "eval_samples_per_second": 360.0,
@@ -136,6 +137,14 @@ def test_consistency_is_shown_after_training_with_it(tmp_path: Path) -> None:
     assert "liang2021rdrop" in card.text and "trained from scratch" in card.text
 
 
+def test_consistency_without_effect_is_not_shown(tmp_path: Path) -> None:
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = build("bert", attn_implementation="sdpa", **dropouts)
+    trainer = trainer_of(model, tmp_path, consistency_weight=1.0, logging_steps=1)
+    trainer.train()
+    assert "loss = task" not in card_of(trainer).text
+
+
 def test_model_without_methods_has_none(tmp_path: Path) -> None:
     card = card_of(trainer_of(build("bert", attn_implementation="sdpa"), tmp_path))
     assert "Method" not in card.text and "Citation" not in card.text
@@ -156,9 +165,11 @@ def test_metadata_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
 def test_figures_become_tables() -> None:
     text = build_card(content(metrics=FIGURES)).text
     rows = tables(text)
-    assert rows["Metric"] == ["As it is", "After temperature scaling (T = 1.25)"]  # the last table of that name
+    scaled = "After temperature scaling, cross-fitted (T = 1.25 on all samples)"
+    assert rows["Metric"] == ["As it is", scaled]  # the last table of that name
     assert rows["Accuracy"] == ["0.9712", "0.1"] and rows["F1 (macro)"] == ["0.9", "-"]
     assert rows["Expected calibration error"] == ["0.031", "0.0124"]
+    assert text.count("| Expected calibration error |") == 1
     assert rows["Negative log-likelihood (nats)"] == ["0.2", "-"]
     assert rows["PGD-20"] == ["8/255", "0.41"] and "upper bound" in text and "200 samples" in text
     assert "radius ε in pixels by the L∞ norm, on 200 samples" in text

@@ -28,10 +28,18 @@ ALLOWED = {
     "recording": {"consistency"},
     "training_args": {"losses"},
     "evaluation": {"configuration", "registration", "sites"},
-    "hub": {"configuration", "registration", "report", "reweighting_configuration", "sites", "training_args"},
+    "hub": {
+        "configuration",
+        "losses",
+        "registration",
+        "report",
+        "reweighting_configuration",
+        "sites",
+        "training_args",
+    },
     "reporting": {"evaluation", "hub"},
     "cli": {"attention", "configuration", "registration", "report", "reporting", "sites"},
-    "trainer": {"consistency", "doubling", "hub", "recording", "training_args"},
+    "trainer": {"consistency", "doubling", "hub", "losses", "recording", "training_args"},
 }
 
 

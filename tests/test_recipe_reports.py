@@ -8,14 +8,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.classifier import predict
 
 from .hub_server import TOKEN, Fault, running_hub
+from .models import build
 from .recipe_runs import RECIPES, ROOT, load
 
 
@@ -77,6 +80,19 @@ def test_reported_calibration_is_that_of_the_saved_model(recipe: ModuleType, tmp
     logits, labels = predict(model, [recipe.collate(rows, processor, arguments)])
     for name, value in calibration_metrics(logits, labels).items():
         assert metrics["calibration"][name] == pytest.approx(value, rel=1e-4)
+
+
+def test_what_is_measured_first_is_of_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    from shared.evaluation import held_out_batches
+
+    labels = sorted(range(60), key=lambda number: number % 3)  # as folders of images come
+    dataset = Dataset.from_dict({"number": labels, "labels": [number % 3 for number in labels]})
+    arguments = AttentionDropTrainingArguments(str(tmp_path), per_device_eval_batch_size=10, use_cpu=True)
+    batches = held_out_batches(AttentionDropTrainer(build("vit"), arguments, eval_dataset=dataset))
+    seen = [[batch["number"].tolist() for batch in batches] for _ in range(2)]
+    assert seen[0] == seen[1] and sorted(sum(seen[0], [])) == list(range(60))
+    assert {number % 3 for number in seen[0][0]} == {0, 1, 2}
 
 
 def push(endpoint: str, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ..registration import transformers_model
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
-from .calibration import ReliabilityBins, calibration_metrics, fit_temperature, reliability
+from .calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    ReliabilityBins,
+    calibration_metrics,
+    fit_temperature,
+    reliability,
+)
 from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
@@ -60,7 +67,7 @@ def evaluate_classifier(
 
     Calibration after temperature scaling is cross-fitted: the temperature of every other sample comes from those
     between them, so that no sample is measured at a temperature that it helped to find. The reported temperature is
-    that of all samples. Both are left out where a half has no wrong prediction.
+    that of all samples. Both are left out where a half of the samples has no best temperature.
 
     Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: of images up to 8/255 of the
     pixel range, of texts up to a tenth of the standard deviation of the embeddings.
@@ -82,11 +89,10 @@ def evaluate_classifier(
     check_not_empty(len(labels))
     scores = {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "samples": len(labels)}
     calibration: dict[str, Any] = calibration_metrics(logits, labels)
-    is_wrong = logits.argmax(-1) != labels
-    # Where nothing is wrong no temperature is cold enough.
-    if is_wrong[::2].any() and is_wrong[1::2].any():
+    scaled = cross_fitted(logits, labels)
+    if scaled is not None:
         calibration["temperature"] = fit_temperature(logits, labels)
-        calibration["after_temperature"] = calibration_metrics(cross_fitted(logits, labels), labels)
+        calibration["after_temperature"] = calibration_metrics(scaled, labels)
     metrics = {**scores, "calibration": calibration}
     curves, attention = {}, {}
     if attacked_samples > 0:
@@ -121,12 +127,19 @@ def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Ten
     return torch.cat(logits), torch.cat(labels)
 
 
-def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits `(N, C)` over temperatures that each half of the samples, the even and the odd, lends to the other."""
+def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor | None:
+    """Logits `(N, C)` over temperatures that each half of the samples, the even and the odd, lends to the other;
+    `None` where a half has no best temperature."""
+    is_wrong = logits.argmax(-1) != labels
+    # Where nothing is wrong no temperature is cold enough.
+    if not (is_wrong[::2].any() and is_wrong[1::2].any()):
+        return None
+    of_even, of_odd = (fit_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
+    if not all(MIN_TEMPERATURE < temperature < MAX_TEMPERATURE for temperature in (of_even, of_odd)):
+        return None
     scaled = logits.clone()
-    for fitted in (0, 1):
-        temperature = fit_temperature(logits[fitted::2], labels[fitted::2])
-        scaled[1 - fitted :: 2] /= temperature
+    scaled[::2] /= of_odd
+    scaled[1::2] /= of_even
     return scaled
 
 

@@ -142,13 +142,16 @@ def robust_accuracy_curve(
     figure = _figure(4.0)
     axes = figure.subplots()
     unit = 255 if in_pixels else 1
-    for (name, curve), (color, marker) in zip(accuracies.items(), LINES, strict=False):
+    for rank, ((name, curve), (color, marker)) in enumerate(zip(accuracies.items(), LINES, strict=False)):
         epsilons = sorted(curve)
         values = np.array([curve[epsilon] for epsilon in epsilons])
+        # Where curves coincide, the thinner ones are seen on top of the others.
+        thickness = len(accuracies) - rank
         low, high = wilson_interval(values, num_samples)
         axes.errorbar(
             unit * np.array(epsilons), values, (values - low, high - values),
-            color=color, marker=marker, capsize=3, label=name,
+            color=color, marker=marker, capsize=3 + 2 * (thickness - 1), label=name,
+            linewidth=1.5 * thickness, markersize=3 + 3 * thickness, elinewidth=1.5,
         )  # fmt: skip
     axes.set(
         xlabel="perturbation ε (1/255 of the pixel range)" if in_pixels else "perturbation ε (embedding units)",

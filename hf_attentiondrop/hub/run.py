@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modelcard import TASK_MAPPING
 
+from ..losses import NO_DIVERGENCE
 from ..registration import transformers_model
 from ..report import report
 from ..sites import attention_modules
@@ -160,7 +161,10 @@ def _methods_of_model(model: PreTrainedModel) -> Iterator[Method]:
 
 
 def _methods_of_loss(trainer: Trainer) -> Iterator[Method]:
-    if getattr(trainer.args, "consistency_weight", 0) > 0:
+    # Without any randomness in the model both passes are equal, and what is not there is no method.
+    measured = [entry["consistency_loss"] for entry in trainer.state.log_history if "consistency_loss" in entry]
+    had_effect = not measured or max(measured) > NO_DIVERGENCE
+    if getattr(trainer.args, "consistency_weight", 0) > 0 and had_effect:
         values = {field.name: getattr(trainer.args, field.name) for field in fields(ConsistencyArguments)}
         yield describe_consistency(ConsistencyArguments(**values))
 

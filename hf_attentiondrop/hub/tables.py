@@ -64,8 +64,10 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
-    """The metrics of the evaluation, each beside the trivial predictor that the run compared it with."""
-    figures = evaluation_metrics(metrics)
+    """The metrics of the evaluation, each beside the trivial predictor that the run compared it with. Those of the
+    calibration have a table of their own."""
+    calibration = metrics.get("calibration") or {}
+    figures = {name: value for name, value in evaluation_metrics(metrics).items() if name not in calibration}
     baselines = {
         prefix: title
         for prefix, title in BASELINES.items()
@@ -88,7 +90,8 @@ def calibration_table(metrics: Mapping[str, Any]) -> Table:
     if not after:
         return [("Metric", "Value"), *((title_of(name), number(figures.get(name))) for name in names)]
     temperature = figures.get("temperature")
-    scaled = "After temperature scaling" + (f" (T = {number(temperature)})" if is_figure(temperature) else "")
+    scaled = "After temperature scaling, cross-fitted"
+    scaled += f" (T = {number(temperature)} on all samples)" if is_figure(temperature) else ""
     rows = [(title_of(name), number(figures.get(name)), number(after.get(name))) for name in names]
     return [("Metric", "As it is", scaled), *rows]
 

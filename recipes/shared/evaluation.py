@@ -52,6 +52,7 @@ def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:
 
 
 def held_out_batches(trainer: Trainer) -> DataLoader[Any]:
-    """The held-out data as the Trainer evaluates it, whole on every process."""
-    batch_size = trainer.args.per_device_eval_batch_size
-    return DataLoader(trainer.eval_dataset, batch_size=batch_size, collate_fn=trainer.data_collator)
+    """The held-out data, whole on every process, in random order: files come sorted by class, and attacks and
+    attention are measured on the first samples."""
+    dataset = trainer.eval_dataset.shuffle(seed=trainer.args.seed)
+    return DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)

@@ -120,9 +120,15 @@ def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
             "dataset_args": values["dataset_config_name"],
             "dataset_split": values["validation_split"],
         }
-    local = name or values.get("train_file") or values.get("train_dir")
     # Of a path only the name: the rest is about this machine.
-    return {"dataset": Path(local).resolve().name if local else built_in}
+    train, validation = (
+        Path(local).resolve().name if local else None
+        for local in (
+            name or values.get("train_file") or values.get("train_dir"),
+            values.get("validation_file") or values.get("validation_dir"),
+        )
+    )
+    return {"dataset": f"{train}, evaluated on {validation}" if validation else train or built_in}
 
 
 def describe_attention(model: PreTrainedModel) -> str:

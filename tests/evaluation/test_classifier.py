@@ -110,10 +110,17 @@ def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:
 def test_temperatures_come_from_the_other_half() -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 3, (40,))
-    logits = torch.nn.functional.one_hot(labels, 3) * 2.0 + torch.randn(40, 3)
+    logits = torch.nn.functional.one_hot(labels, 3) + torch.randn(40, 3)
     scaled = cross_fitted(logits, labels)
     assert torch.allclose(scaled[::2] * fit_temperature(logits[1::2], labels[1::2]), logits[::2])
     assert torch.allclose(scaled[1::2] * fit_temperature(logits[::2], labels[::2]), logits[1::2])
+
+
+def test_a_half_without_a_best_temperature_leaves_scaling_out() -> None:
+    labels = torch.arange(40) % 2
+    logits = torch.nn.functional.one_hot(1 - labels, 2) * 2.0  # always wrong: no temperature is hot enough
+    assert cross_fitted(logits, labels) is None
+    assert cross_fitted(torch.nn.functional.one_hot(labels, 2) * 2.0, labels) is None
 
 
 def test_samples_without_a_label_count_for_nothing() -> None:

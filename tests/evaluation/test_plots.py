@@ -118,6 +118,7 @@ def test_the_robustness_curve_shows_each_attack_in_pixel_levels() -> None:
     assert line.get_xdata().tolist() == pytest.approx([0, 8]) and line.get_ydata().tolist() == [0.9, 0.4]
     assert other.get_ydata().tolist() == [0.9]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FGSM", "PGD"]
+    assert line.get_linewidth() > other.get_linewidth()  # so that curves which coincide are all seen
     assert "n = 50 samples" in text_of(figure) and "1/255" in text_of(figure)
     assert "255" not in text_of(robust_accuracy_curve({"FGSM": {0.1: 0.4}}, 50, in_pixels=False))
 
