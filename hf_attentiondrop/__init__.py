@@ -12,7 +12,7 @@ from .version import __version__, require_minimum_versions
 require_minimum_versions()
 
 from .configuration import AttentionDropConfig  # noqa: E402
-from .registration import configure, register  # noqa: E402
+from .registration import configure, register, set_base_attention  # noqa: E402
 from .report import Report, report  # noqa: E402
 from .reweighting_configuration import (  # noqa: E402
     AffineScaledConfig,
@@ -59,6 +59,7 @@ __all__ = [
     "configure",
     "consistency_loss",
     "report",
+    "set_base_attention",
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .base import AttentionCall, attend_if_any_key, base_attention, is_recomputing
+from .base import SDPA, AttentionCall, attend_if_any_key, base_attention, is_recomputing
 from .configuration import AttentionDropConfig
 from .functional import blur_keys, draw_hits, expand_heads, hard_attention, mask_top_scores, visible_neighbours
 
@@ -64,7 +64,7 @@ def attention_drop_forward(
         RuntimeError: if the module never got its place in a model.
     """
     _refuse_unknown_arguments(module, attention_mask, kwargs)
-    call = AttentionCall(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     return _attend(call, _perturbation(module, by_default=True))
 
 
@@ -95,7 +95,7 @@ def reweighted_attention_forward(
         RuntimeError: if nothing was attached to the module, or no hidden states arrived.
     """
     _refuse_unknown_arguments(module, attention_mask, kwargs)
-    call = AttentionCall(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     if not hasattr(module, "reweighting"):
         raise RuntimeError(
             f"{type(module).__name__} runs {module.config._attn_implementation!r} without learned weights: it would "
@@ -107,6 +107,11 @@ def reweighted_attention_forward(
         return attend(call)
     _refuse_misplaced_states(call, reweighting_states)
     return module.reweighting(reweighting_states, call, attend)
+
+
+def _call(module: nn.Module, *arguments: Any) -> AttentionCall:
+    site = getattr(module, "attention_drop_site", None)
+    return AttentionCall(module, *arguments, base=SDPA if site is None else site.base)
 
 
 def _attend(call: AttentionCall, drop: AttentionDropConfig | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,7 +140,7 @@ def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[tor
         kept &= visible
     is_additive = call.mask is not None and call.mask.dtype != torch.bool
     mask = call.mask.masked_fill(~kept, -torch.inf) if is_additive else kept
-    return attend_if_any_key(replace(call, mask=mask))
+    return attend_if_any_key(replace(call, mask=mask, base=SDPA))
 
 
 def _runs_in_blocks(call: AttentionCall) -> bool:

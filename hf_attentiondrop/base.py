@@ -10,11 +10,16 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .functional import attention_scores, prepend_sink, show_sink, visible_keys
+from .kernels import attend_with
+
+
+SDPA = "sdpa"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one attention call, and the score `(H,)` of a learned sink if there is one."""
+    """The arguments of one attention call, the score `(H,)` of a learned sink if there is one, and the attention
+    implementation that is to compute the base attention."""
 
     module: nn.Module
     query: torch.Tensor
@@ -26,6 +31,7 @@ class AttentionCall:
     is_causal: bool | None
     extras: dict[str, Any]
     sink: torch.Tensor | None = None
+    base: str = SDPA
 
     @property
     def causal(self) -> bool:
@@ -84,23 +90,20 @@ def attend_if_any_key(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor |
 
 
 def base_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What stock Transformers would run, SDPA or the model file's own eager function, and the sink if there is one."""
+    """What stock Transformers would run, SDPA, another kernel that was asked for, or the model file's own eager
+    function; and the sink if there is one."""
     if call.sink is not None:
         return _attention_with_sink(call)
-    attend, mask = sdpa_attention_forward, call.mask
+    arguments = (call.module, call.query, call.key, call.value)
+    options = {"dropout": call.dropout, "scaling": call.scaling, **call.extras}
     if call.wants_eager:
-        attend, mask = _eager_attention(call.module), _additive(call)
-    return attend(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        mask,
-        dropout=call.dropout,
-        scaling=call.scaling,
-        is_causal=call.is_causal,
-        **call.extras,
-    )
+        attend = _eager_attention(call.module)
+        return attend(*arguments, _additive(call), is_causal=call.is_causal, **options)
+    if call.base != SDPA:
+        output = attend_with(call.base, *arguments, call.mask, is_causal=call.causal, **options)
+        if output is not None:
+            return output, None
+    return sdpa_attention_forward(*arguments, call.mask, is_causal=call.is_causal, **options)
 
 
 def is_recomputing() -> bool:
@@ -132,6 +135,7 @@ def _attention_with_sink(call: AttentionCall) -> tuple[torch.Tensor, torch.Tenso
             scaling=scaling,
             extras=extras,
             sink=None,
+            base=SDPA,
         )
     )
     return output[:, added:, :, :-1].contiguous(), None if weights is None else weights[:, :, added:, 1:]

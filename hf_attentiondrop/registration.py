@@ -11,7 +11,9 @@ from transformers.masking_utils import sdpa_mask
 
 from .attach import attach, record_implementations, refuse_to_leave, reset_missing, settle_entries
 from .attention import NAME, attention_drop_forward, reweighted_attention_forward
+from .base import SDPA
 from .configuration import CONFIG_KEY, AttentionDropConfig, register_config_entry
+from .kernels import can_be_base, serves_cross_attention
 from .reweighting_configuration import (
     REWEIGHTING_KEY,
     REWEIGHTINGS,
@@ -76,13 +78,7 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
     """
     base = transformers_model(model)
     drop = AttentionDropConfig.from_dict(drop)
-    running = [module for _, module in attention_modules(base) if module.config._attn_implementation in FUNCTIONS]
-    if not running:
-        raise ValueError(
-            f"{type(base).__name__} uses attn_implementation={base.config._attn_implementation!r}, so the "
-            f'configuration would have no effect. Call model.set_attn_implementation("{NAME}") first, or load the '
-            "model with it."
-        )
+    running = _running(base, "the configuration")
     previous = [(config, config.__dict__.get(CONFIG_KEY)) for config in configs_of(base.config)]
     base.config.attention_drop = drop
     try:
@@ -98,6 +94,46 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
             config.__dict__[CONFIG_KEY] = entry
     for site in _sites(running):
         site.refresh()
+
+
+def set_base_attention(model: Any, attn_implementation: str) -> None:
+    """Lets another kernel than SDPA compute the attention that is blurred, reweighted, or left alone in evaluation.
+
+    Masks stay those of SDPA, and are translated: FlashAttention takes padding, causal order, windows and packed
+    documents in self-attention; FlexAttention any boolean mask. Where a kernel cannot express a mask, and for what
+    drops the strongest keys (`variant="hard"`) or has a learned sink, SDPA does it. The choice is for this process:
+    like any attention implementation it is not saved.
+
+    Args:
+        model: a Transformers model that uses an implementation of this package, or a wrapper around one.
+        attn_implementation: `"flash_attention_2"`, `"flash_attention_3"`, `"flash_attention_4"`, `"flex_attention"`,
+            `"sdpa"`, or the name of an attention function of your own that is registered with the masks of SDPA,
+            `AttentionMaskInterface.register(name, sdpa_mask)`.
+
+    Raises:
+        ValueError: if the name is unknown, takes other masks, or no part of the model uses this package.
+        ImportError: if the kernel is not installed.
+        TypeError: if there is no Transformers model in `model`.
+
+    Example:
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = BertModel._from_config(config, attn_implementation="attentiondrop")
+    >>> set_base_attention(model, "flex_attention")
+    """
+    base = transformers_model(model)
+    running = _running(base, "another base attention")
+    # Transformers knows what is installed, and what goes with the model's class, dtype and device.
+    name = base._check_and_adjust_attn_implementation(attn_implementation)
+    if name in FUNCTIONS or not can_be_base(name):
+        raise ValueError(
+            f"set_base_attention: {name!r} cannot compute the base attention, because it does not take the boolean "
+            "masks of SDPA. Expected sdpa, flex_attention, flash_attention_2, 3 or 4, or a name that you registered "
+            "with AttentionMaskInterface.register(name, sdpa_mask)."
+        )
+    for site in _sites(running):
+        site.base = name if site.kind != "cross" or serves_cross_attention(name) else SDPA
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -228,6 +264,17 @@ def _activate(model: PreTrainedModel, methods: Mapping[int, str], parts: list[tu
         for config, entry in previous:
             config.attention_reweighting = entry
         raise
+
+
+def _running(model: PreTrainedModel, what: str) -> list[nn.Module]:
+    """The attention modules that run an implementation of this package; there must be some for `what` to act on."""
+    running = [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+    if not running:
+        raise ValueError(
+            f"{type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}, so {what} would "
+            f'have no effect. Call model.set_attn_implementation("{NAME}") first, or load the model with it.'
+        )
+    return running
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[AttentionSite]:

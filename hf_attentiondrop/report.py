@@ -16,7 +16,7 @@ class ReportRow:
         name: its name in the model.
         kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
         layer: its layer within its stack.
-        implementation: the attention implementation it runs.
+        implementation: the attention implementation it runs, and the base attention below if that is not SDPA.
         applied: what happens to it in training, in words; empty for nothing.
         calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
         reweighting: what learned weights are attached to it, in words; empty for none.
@@ -98,7 +98,7 @@ def report(model: Any) -> Report:
                 name,
                 site.kind,
                 site.layer,
-                implementation,
+                implementation if site.base == "sdpa" else f"{implementation} on {site.base}",
                 applied="" if drop is None else drop.summary,
                 calls=int(site.calls),
                 reweighting="" if reweighting is None else reweighting.summary,

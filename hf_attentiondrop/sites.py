@@ -35,9 +35,11 @@ class AttentionSite:
         layer: position in that stack.
         num_layers: length of that stack.
         calls: how many of its attention calls were perturbed.
+        base: the attention implementation that computes the base attention.
         strength: the `p` or `sigma_max` that governs the module now.
 
-    Both are tensors, because numbers would be constants to `torch.compile`: it would compile anew when they change.
+    `calls` and `strength` are tensors, because numbers would be constants to `torch.compile`: it would compile anew
+    when they change.
     """
 
     config: PreTrainedConfig
@@ -46,6 +48,7 @@ class AttentionSite:
     layer: int
     num_layers: int
     calls: torch.Tensor = field(default_factory=lambda: _number(torch.int64))
+    base: str = "sdpa"
     strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
     _entry: dict | None = None
     _drop: AttentionDropConfig | None = None
@@ -104,14 +107,14 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def place_sites(model: PreTrainedModel) -> None:
-    """Gives every attention module of a whole model its site, keeping what was counted before."""
+    """Gives every attention module of a whole model its site, keeping what was counted and chosen before."""
     modules = dict(attention_modules(model))
     positions = _positions(model, list(modules))
     for name, module in modules.items():
         previous = getattr(module, "attention_drop_site", None)
-        calls = previous.calls if previous is not None else _number(torch.int64)
+        kept = {} if previous is None else {"calls": previous.calls, "base": previous.base}
         governing = _governing_config(model, name, module)
-        module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], calls)
+        module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], **kept)
 
 
 def check_selection(
