@@ -16,6 +16,9 @@ from transformers import (
     BertTokenizer,
     CLIPConfig,
     CLIPModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Tokenizer,
     MPNetConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -331,6 +334,18 @@ def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFix
         arguments = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "none", *flags[:2], *flags[4:]]
         code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments)
         assert code == 2 and message in line and not (tmp_path / "none").exists()
+
+
+def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a red house", "an old tree", "a new red tree", "tree"]
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=300, n_positions=3)  # shorter than the texts
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, 300, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
+    data = ["--data", tmp_path / "texts.csv", "--output_dir", tmp_path / "report", "--max_samples", 3]
+    output = printed(capsys, "evaluate", tmp_path / "model", *data, "--evaluate_robustness")
+    assert "samples            3\n" in output and "under PGD-20" in output
 
 
 def test_evaluate_refuses_bad_input(
