@@ -244,7 +244,7 @@ def test_a_missing_model_is_said_to_be_missing(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "It holds a PEFT adapter: check the model" in failure(capsys, "check", tmp_path)[1]
     code, message = failure(capsys, "check", "nobody/nothing")
-    assert code == 2 and "'nobody/nothing' cannot be read as one: " in message
+    assert code == 2 and "'nobody/nothing' is no folder here, and cannot be read as one: " in message
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ def load_config(name: str, expected: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # A file can hold anything, and every config class has its own way to fail on it.
-        raise ValueError(f"MODEL: expected {expected}; {name!r} cannot be read as one: {error}") from error
+        missing = "" if path.exists() else "is no folder here, and "
+        raise ValueError(f"MODEL: expected {expected}; {name!r} {missing}cannot be read as one: {error}") from error
 
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, Processor]:
@@ -121,8 +122,8 @@ def _load_processor(name: str, processor_class: type) -> Processor:
     except Exception as error:  # Every tokenizer has its own way to miss its files.
         kind = processor_class.__name__.removeprefix("Auto")
         raise ValueError(
-            f"MODEL: expected the model's own {kind} in {name!r}, and it cannot be loaded: {error} Save it there: "
-            f"{kind}.save_pretrained."
+            f"MODEL: expected the model's own {kind} in {name!r}, and it cannot be loaded: "
+            f"{str(error).rstrip('.')}. Save it there: {kind}.save_pretrained."
         ) from error
 
 

@@ -90,6 +90,8 @@ def labelled_batches(
     """
     for flag, column in columns.items():
         check_column(flag, column, dataset)
+    # A row is read whole, and what the model does not take may be large, or broken.
+    dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
     if isinstance(processor, PreTrainedTokenizerBase):
         encode, read = _encode_texts(processor, config), _read_text
         batch_size = batch_size if pads_alike(config, processor) else 1

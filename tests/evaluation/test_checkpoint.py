@@ -135,7 +135,7 @@ def test_what_is_no_model_is_refused_by_its_name(tmp_path: Path) -> None:
         (tmp_path / "model" / "config.json", "is a file, and weights .* Name the folder that it lies in"),
         (tmp_path / "none", f"there is nothing at '{tmp_path}/none'"),
         (tmp_path / "empty", "has no config.json"),
-        ("nobody/nothing", "'nobody/nothing' cannot be read as one"),
+        ("nobody/nothing", "'nobody/nothing' is no folder here, and cannot be read as one"),
     ]
     for name, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -90,6 +90,16 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         list(labelled_batches(texts("a", "b", None), [0, 1, 0], TEXT, BERT, tokenizer(pad_token="[PAD]"), 1, [0, 2]))
 
 
+def test_other_columns_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    values = {"text": ["a"], "image": [PILImage.new("L", (8, 8))], "other": [str(tmp_path / "broken.png")]}
+    rows = Dataset.from_dict(values, features=Features({"text": Value("string"), "image": Image(), "other": Image()}))
+    for columns, processor in ((TEXT, tokenizer()), (IMAGE, PROCESSOR)):
+        assert len(list(labelled_batches(rows, [0], columns, BERT, processor))) == 1
+    with pytest.raises(ValueError, match="row 0 of 'other'"):
+        list(labelled_batches(rows, [0], {"--image_column": "other"}, BERT, PROCESSOR))
+
+
 def test_columns_that_do_not_fit_are_refused() -> None:
     cases = [
         (
