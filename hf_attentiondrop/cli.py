@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .attention import NAME
@@ -15,6 +14,7 @@ from .configuration import AttentionDropConfig
 from .registration import FUNCTIONS
 from .report import report
 from .sites import configs_of
+from .version import __version__
 
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: the exit code: 0, or what the command says, or 2 for input that cannot be used.
 
     Raises:
-        SystemExit: from argparse, with code 2 for arguments that do not parse and 0 after `--help`.
+        SystemExit: from argparse, with code 2 for arguments that do not parse and 0 after `--help` and `--version`.
     """
     parser = argparse.ArgumentParser(prog="hf-attentiondrop", description="AttentionDrop for Transformers models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for declare in COMMANDS:
         declare(commands)
@@ -177,21 +178,12 @@ def _attention_drop(text: str) -> AttentionDropConfig:
 
 
 def _load_config(name: str) -> "PreTrainedConfig":
-    """The config of a model, and nothing else of it."""
-    from transformers import AutoConfig
+    from .evaluation.checkpoint import load_config
 
-    path = Path(name)
-    expected = "MODEL: expected a folder with a config.json, the path of one, or a model on the Hub"
-    if path.is_dir() and not (path / "config.json").is_file():
-        is_adapter = (path / "adapter_config.json").is_file()
-        hint = " It holds a PEFT adapter: check the model that the adapter was trained on." if is_adapter else ""
-        raise InputError(f"{expected}; the folder {name!r} has no config.json.{hint}")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
-        raise InputError(f"{expected}; there is nothing at {name!r}.")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # A file can hold anything, and every config class has its own way to fail on it.
-        raise InputError(f"{expected}; {name!r} cannot be read as one: {_one_line(error)}") from error
+        return load_config(name, "a folder with a config.json, the path of one, or a model on the Hub")
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _own_implementation(config: "PreTrainedConfig") -> str | dict[str, str] | None:

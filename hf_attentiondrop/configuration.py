@@ -14,6 +14,8 @@ from .functional import FILLS
 CONFIG_KEY = "attention_drop"
 VARIANTS = ("hard", "blur")
 ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
+# How much a key must resemble a field to be taken for a slip of the pen; a wrong guess is worse than none.
+SIMILARITY = 0.7
 
 
 class Configuration:
@@ -50,7 +52,7 @@ class Configuration:
         """Builds the configuration from a mapping, refusing unknown keys.
 
         Raises:
-            ValueError: for a key that is no field, naming the nearest field.
+            ValueError: for a key that is no field, naming the fields there are.
             TypeError: if `values` is no mapping.
         """
         if isinstance(values, cls):
@@ -63,9 +65,10 @@ class Configuration:
         names = [field.name for field in fields(cls)]
         for key in values:
             if key not in names:
-                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=SIMILARITY)
+                suggestion = f" Did you mean {nearest[0]!r}?" if nearest else ""
                 raise ValueError(
-                    f"Unknown key {key!r} in `{cls.key}`: it would have no effect. Did you mean {nearest!r}? "
+                    f"Unknown key {key!r} in `{cls.key}`: it would have no effect.{suggestion} "
                     f"The keys are {', '.join(names)}."
                 )
         return cls(**values)

@@ -3,12 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from .evaluation.checkpoint import class_numbers, labelled_batches, load_classifier, load_labelled
+from .evaluation.checkpoint import load_classifier
+from .evaluation.classes import class_numbers
 from .evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
+from .evaluation.labelled_data import labelled_batches, load_labelled
 from .evaluation.perturbation_space import Normalization
 from .hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
 
@@ -34,7 +38,7 @@ def evaluate_checkpoint(
 
     Args:
         model_name: a folder, or a model on the Hub.
-        data_name: see [`~evaluation.checkpoint.load_labelled`], as for `split` and `config`.
+        data_name: see [`~evaluation.labelled_data.load_labelled`], as for `split` and `config`.
         output_dir: folder for the report, empty or not there yet; nothing is written before all was measured.
         image_column, text_column, text_pair_column, label_column: where the data has what.
         max_samples: evaluate on so many samples, drawn at random.
@@ -44,24 +48,25 @@ def evaluate_checkpoint(
         device: such as `"cuda:0"`; by default the accelerator, if there is one.
 
     Raises:
-        ValueError: for an output folder that is not empty, and a model or data that do not fit.
-        OSError: if there is no such model.
+        ValueError: for an output folder that is not empty or cannot be written, a device that is not there, and a
+            model or data that do not fit.
+        OSError: for a model without weights.
     """
     folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {output_dir!r}.")
+    _check_output_dir(folder)
+    place = _find_device(device)
     model, processor = load_classifier(model_name)
+    is_text = isinstance(processor, PreTrainedTokenizerBase)
+    texts = {"--text_column": text_column, "--text_pair_column": text_pair_column}
+    columns = texts if is_text else {"--image_column": image_column}
+    columns = {flag: column for flag, column in columns.items() if column is not None}
     dataset = load_labelled(data_name, split, config)
-    # Files come sorted by class, and attacks and attention are measured on the first samples.
-    dataset = dataset.shuffle(seed=seed)
-    if max_samples is not None and max_samples < len(dataset):
-        dataset = dataset.select(range(max_samples))
-    is_image = hasattr(processor, "image_mean")
-    columns = [image_column] if is_image else list(filter(None, (text_column, text_pair_column)))
     labels = class_numbers(dataset, label_column, model.config)
-    batches = labelled_batches(dataset, labels, columns, processor, batch_size)
-    model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    normalization = Normalization.from_processor(processor) if is_image and attacked_samples else None
+    # Files come sorted by class, and attacks and attention are measured on the first samples.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
+    batches = labelled_batches(dataset, labels, columns, model.config, processor, batch_size, order)
+    model.to(place)
+    normalization = None if is_text or not attacked_samples else Normalization.from_processor(processor)
     evaluation = evaluate_classifier(
         model, batches, attacked_samples=attacked_samples, normalization=normalization, seed=seed
     )
@@ -93,3 +98,32 @@ def summary(evaluation: ClassifierEvaluation, output_dir: str) -> str:
     rows["report"] = Path(output_dir, CARD_FILE)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Refuses a folder that could not take the report, before minutes of work, and leaves nothing behind."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {str(folder)!r}.")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir: expected a folder that the report can be written to, got {str(folder)!r}, and nothing can "
+            f"be made in {str(parent)!r}: {error}. Name another one."
+        ) from error
+
+
+def _find_device(name: str | None) -> str:
+    """The device to measure on, after a look at whether it is there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
+    numbered = [f"{kind}:{number}" for number in range(torch.accelerator.device_count())]
+    devices = list(dict.fromkeys((kind, *numbered, "cpu")))
+    if name is not None and name not in devices:
+        raise ValueError(
+            f"--device: expected one that this machine and its build of torch have, of {', '.join(devices)}, got "
+            f"{name!r}."
+        )
+    return name or kind

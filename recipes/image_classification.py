@@ -46,6 +46,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop.evaluation.images import convert_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 
 
@@ -169,7 +170,7 @@ def collate(
     examples: list[dict[str, Any]], processor: BaseImageProcessor, arguments: ImageDataArguments
 ) -> dict[str, torch.Tensor]:
     """Makes a batch: `pixel_values` `(B, C, height, width)` and `labels` `(B,)`."""
-    images = [example[arguments.image_column].convert("RGB") for example in examples]
+    images = [convert_image(example[arguments.image_column]) for example in examples]
     labels = torch.tensor([example[arguments.label_column] for example in examples])
     return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 

@@ -16,13 +16,16 @@ from transformers import (
     BertTokenizer,
     CLIPConfig,
     CLIPModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Tokenizer,
     MPNetConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
-from hf_attentiondrop import report
+from hf_attentiondrop import __version__, report
 from hf_attentiondrop.cli import main
 
 from .models import build
@@ -108,6 +111,13 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in capsys.readouterr().out
 
 
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"hf-attentiondrop {__version__}\n"
+
+
 def test_a_path_to_the_config_will_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "check", folder / "config.json") == printed(capsys, "check", folder)
 
@@ -186,7 +196,11 @@ def test_the_configuration_can_be_given(folder: Path, capsys: pytest.CaptureFixt
         (["check"], "the following arguments are required: MODEL"),
         (["check", "x", "--attn_implementation", "sdpa"], "invalid choice: 'sdpa' (choose from 'attentiondrop'"),
         (["check", "x", "--attention_drop", "{p: 1}"], "expected JSON such as '{\"p\": 0.2}', got '{p: 1}'"),
-        (["check", "x", "--attention_drop", '{"q": 1}'], "Unknown key 'q' in `attention_drop`"),
+        (
+            ["check", "x", "--attention_drop", '{"q": 1}'],
+            "Unknown key 'q' in `attention_drop`: it would have no effect. Th",
+        ),
+        (["check", "x", "--attention_drop", '{"varient": 1}'], "Did you mean 'variant'? The keys are variant, p, k"),
         (["check", "x", "--attention_drop", '{"p": 2}'], "`p` must be a probability in [0, 1], got 2"),
         (["check", "x", "--attention_drop", "[1]"], "`attention_drop` must be an AttentionDropConfig or a dict"),
     ],
@@ -230,7 +244,7 @@ def test_a_missing_model_is_said_to_be_missing(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "It holds a PEFT adapter: check the model" in failure(capsys, "check", tmp_path)[1]
     code, message = failure(capsys, "check", "nobody/nothing")
-    assert code == 2 and "'nobody/nothing' cannot be read as one: " in message
+    assert code == 2 and "'nobody/nothing' is no folder here, and cannot be read as one: " in message
 
 
 @pytest.fixture(scope="module")
@@ -313,13 +327,25 @@ def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFix
     assert "samples            4\n" in printed(capsys, "evaluate", tmp_path / "model", *data, *flags)
 
     for contents, message in (
-        ("first,class\n,1\na,0\n", "expected a text for every sample, got None"),
+        ("first,class\n,1\na,0\n", "--text_column: row 0 of 'first', counted from 0: expected a text, got None"),
         ("", "pairs.csv"),
     ):
         (tmp_path / "pairs.csv").write_text(contents)
         arguments = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "none", *flags[:2], *flags[4:]]
         code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments)
         assert code == 2 and message in line and not (tmp_path / "none").exists()
+
+
+def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a red house", "an old tree", "a new red tree", "tree"]
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=300, n_positions=3)  # shorter than the texts
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, 300, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
+    data = ["--data", tmp_path / "texts.csv", "--output_dir", tmp_path / "report", "--max_samples", 3]
+    output = printed(capsys, "evaluate", tmp_path / "model", *data, "--evaluate_robustness")
+    assert "samples            3\n" in output and "under PGD-20" in output
 
 
 def test_evaluate_refuses_bad_input(
@@ -330,6 +356,10 @@ def test_evaluate_refuses_bad_input(
     (tmp_path / "data.xlsx").touch()
     (tmp_path / "others" / "nine").mkdir(parents=True)
     Image.new("L", (8, 8)).save(tmp_path / "others" / "nine" / "0.png")
+    for name in NAMES:
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "broken" / name / "0.png")
+    (tmp_path / "broken" / "two" / "1.png").write_bytes(b"no image")
     base = config_folder(tmp_path / "base", BertConfig().to_dict())
     unlabelled = tmp_path / "unlabelled.parquet"
     features = Features({"image": Value("string"), "label": ClassLabel(names=list(NAMES))})
@@ -339,14 +369,22 @@ def test_evaluate_refuses_bad_input(
     cases = [
         ([classifier, *good, "--output_dir", tmp_path / "full"], "--output_dir: expected an empty folder"),
         ([base, *good, *report], "expected a classifier of images or texts"),
-        ([tmp_path / "nothing", *good, *report], "nothing"),
+        ([tmp_path / "nothing", *good, *report], f"there is nothing at '{tmp_path}/nothing'"),
+        (["nobody/nothing", *good, *report], "MODEL: expected a folder with a saved classifier, or a classifier on"),
+        ([classifier / "config.json", *good, *report], "Name the folder that it lies in"),
         ([classifier, "--data", tmp_path / "data.xlsx", *report], "--data: expected a file of one of csv"),
         ([classifier, "--data", tmp_path / "none", *report], "cannot be loaded"),
         ([classifier, *good, *report, "--split", "test"], "has no split 'test'; it has train"),
         ([classifier, *good, *report, "--label_column", "class"], "has no column 'class'; its columns are image"),
         ([classifier, *good, *report, "--image_column", "picture"], "has no column 'picture'"),
         ([classifier, "--data", tmp_path / "others", *report], "classes that the model does not know, nine"),
-        ([classifier, *good, *report, "--device", "abacus"], "abacus"),
+        ([classifier, *good, *report, "--device", "abacus"], "--device: expected one that this machine"),
+        ([classifier, *good, *report, "--device", "cuda:99"], "--device: expected one that this machine"),
+        (
+            [classifier, *good, "--output_dir", tmp_path / "data.xlsx" / "report"],
+            "--output_dir: expected a folder that",
+        ),
+        ([classifier, "--data", tmp_path / "broken", *report], f"{tmp_path}/broken/two/1.png: cannot identify image"),
         ([classifier, "--data", unlabelled, *report], "samples without a label"),
     ]
     for argv, message in cases:

@@ -1,11 +1,8 @@
-"""A saved classifier, and labelled data to measure it on."""
+"""A saved classifier, with the tokenizer or image processor that it was trained with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,21 +11,43 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 
 AUTO_CLASSES = {
     "ForImageClassification": (AutoModelForImageClassification, AutoImageProcessor),
     "ForSequenceClassification": (AutoModelForSequenceClassification, AutoTokenizer),
 }
-READERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
-# What is evaluated on where no split is named, the first of them that there is.
-SPLITS = ("test", "validation", "train")
-# Tokenizers that know no longest text say a number that is larger still.
-NO_MAX_LENGTH = 10**9
+Processor = BaseImageProcessor | PreTrainedTokenizerBase
 
 
-def load_classifier(name: str) -> tuple[PreTrainedModel, Any]:
+def load_config(name: str, expected: str) -> PreTrainedConfig:
+    """Loads the config of a model, and nothing else of it.
+
+    Args:
+        name: a folder, the path of a config.json, or a model on the Hub.
+        expected: what the user was asked for, in words.
+
+    Raises:
+        ValueError: if there is none, or none that can be read.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        is_adapter = (path / "adapter_config.json").is_file()
+        hint = " It holds a PEFT adapter: check the model that the adapter was trained on." if is_adapter else ""
+        raise ValueError(f"MODEL: expected {expected}; the folder {name!r} has no config.json.{hint}")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"MODEL: expected {expected}; there is nothing at {name!r}.")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # A file can hold anything, and every config class has its own way to fail on it.
+        missing = "" if path.exists() else "is no folder here, and "
+        raise ValueError(f"MODEL: expected {expected}; {name!r} {missing}cannot be read as one: {error}") from error
+
+
+def load_classifier(name: str) -> tuple[PreTrainedModel, Processor]:
     """Loads a classifier of images or texts, and its image processor or tokenizer.
 
     A checkpoint whose config has an `attention_drop` entry runs `"attentiondrop"`, so that its report can name it.
@@ -37,15 +56,11 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, Any]:
         name: a folder, or a model on the Hub.
 
     Raises:
-        ValueError: for a checkpoint that is no such classifier.
-        OSError: if there is none.
+        ValueError: if there is none, for a checkpoint that is no such classifier, and for a tokenizer or an image
+            processor that is missing or another model's.
+        OSError: if it has no weights.
     """
-    if Path(name, "adapter_config.json").exists():
-        raise ValueError(
-            f"MODEL: {name} holds a PEFT adapter, expected a whole model. Load it with PEFT, call "
-            "merge_and_unload(), and save what that returns."
-        )
-    config = AutoConfig.from_pretrained(name)
+    config = _load_classifier_config(name)
     architecture = next(iter(config.architectures or []), "")
     classes = [classes for suffix, classes in AUTO_CLASSES.items() if architecture.endswith(suffix)]
     if not classes or config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
@@ -54,134 +69,89 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, Any]:
             f"with problem_type={config.problem_type!r} and {config.num_labels} labels: without one right class per "
             "sample there is no calibration to measure."
         )
+    model_class, processor_class = classes[0]
+    processor = _load_processor(name, processor_class)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _check_vocabulary(name, processor)
+    else:
+        _check_channels(processor, config)
     is_dropping = config.attention_drop is not None and config.attention_reweighting is None
     options = {"attn_implementation": "attentiondrop"} if is_dropping else {}
-    model_class, processor_class = classes[0]
-    model, processor = model_class.from_pretrained(name, **options), processor_class.from_pretrained(name)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and getattr(processor, "model_max_length", 0) > NO_MAX_LENGTH:
-        processor.model_max_length = longest
+    model = model_class.from_pretrained(name, **options)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor.model_max_length = min(processor.model_max_length, longest_text(model))
     return model, processor
 
 
-def load_labelled(name: str, split: str | None = None, config: str | None = None) -> Any:
-    """Loads one split of a data set.
+def longest_text(model: PreTrainedModel) -> int:
+    """How many tokens a model has positions for; one that counts no positions has no limit of its own.
 
-    Args:
-        name: a folder with one folder of images per class; a csv, tsv, json, jsonl or parquet file; or a data set on
-            the Hub.
-        split: which split; by default the first there is of test, validation and train.
-        config: configuration of a data set on the Hub.
-
-    Raises:
-        ValueError: if there is no such data, or no such split in it.
+    Models after RoBERTa begin to count behind their padding token, and can use that many positions less than their
+    config says.
     """
-    from datasets import load_dataset
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    offsets = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit - max(offsets, default=0)
 
-    path = Path(name)
-    if path.is_dir():
-        arguments, options = ("imagefolder",), {"data_dir": name, "drop_labels": False}
-    elif path.is_file():
-        suffix = path.suffix[1:].lower()
-        if suffix not in READERS:
-            raise ValueError(f"--data: expected a file of one of {', '.join(READERS)}, got {name!r}.")
-        arguments, options = (READERS[suffix],), {"data_files": name}
-        options |= {"sep": "\t"} if suffix == "tsv" else {}
-    else:
-        arguments, options = (name, config), {}
+
+def pads_alike(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model takes for padding what its tokenizer pads with."""
+    padding = config.get_text_config().pad_token_id
+    return padding is not None and padding == tokenizer.pad_token_id
+
+
+def _load_classifier_config(name: str) -> PreTrainedConfig:
+    if Path(name, "adapter_config.json").exists():
+        raise ValueError(
+            f"MODEL: {name} holds a PEFT adapter, expected a whole model. Load it with PEFT, call "
+            "merge_and_unload(), and save what that returns."
+        )
+    expected = "a folder with a saved classifier, or a classifier on the Hub"
+    if Path(name).is_file():
+        raise ValueError(
+            f"MODEL: expected {expected}; {name!r} is a file, and weights and tokenizer or image processor are needed "
+            "as well. Name the folder that it lies in."
+        )
+    return load_config(name, expected)
+
+
+def _load_processor(name: str, processor_class: type) -> Processor:
     try:
-        splits = load_dataset(*arguments, **options)
-    except Exception as error:  # Every reader has its own way to fail on a file.
-        raise ValueError(f"--data: {name!r} cannot be loaded: {error.__cause__ or error}") from error
-    chosen = split or next((known for known in SPLITS if known in splits), next(iter(splits)))
-    if chosen not in splits:
-        raise ValueError(f"--split: {name!r} has no split {chosen!r}; it has {', '.join(splits)}.")
-    return splits[chosen]
-
-
-def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[int]:
-    """The model's number of each sample's class.
-
-    Names are looked up in the model's own, so that data which numbers its classes in another order is measured
-    rightly; a number may be the name of a class, too. Other numbers are taken as they are.
-
-    Raises:
-        ValueError: for a column that is missing, and names that the model does not know.
-    """
-    if column not in dataset.column_names:
+        return processor_class.from_pretrained(name)
+    except Exception as error:  # Every tokenizer has its own way to miss its files.
+        kind = processor_class.__name__.removeprefix("Auto")
         raise ValueError(
-            f"--label_column: the data has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
-        )
-    labels, names = dataset[column][:], getattr(dataset.features[column], "names", None)
-    if any(label is None or (names is not None and not 0 <= label < len(names)) for label in labels):
+            f"MODEL: expected the model's own {kind} in {name!r}, and it cannot be loaded: "
+            f"{str(error).rstrip('.')}. Save it there: {kind}.save_pretrained."
+        ) from error
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses what Transformers makes up where the files of a tokenizer are missing."""
+    known = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    if len(known) < 2:  # Some families begin with the mark of a new word.
         raise ValueError(
-            f"--label_column: {column!r} has samples without a label, as test splits often do: nothing can be "
-            "measured on them. Take another split, or remove them."
+            f"MODEL: expected the model's own tokenizer in {name!r}, got a {type(tokenizer).__name__} that knows "
+            f"nothing but {len(tokenizer)} special tokens: its files are missing, and to it every text would be the "
+            "same. Save it there: tokenizer.save_pretrained."
         )
-    if names is not None and not all(name.startswith("LABEL_") for name in config.label2id):
-        labels = [names[label] for label in labels]
-    if all(str(label) in config.label2id for label in labels):
-        return [config.label2id[str(label)] for label in labels]
-    if all(isinstance(label, int) for label in labels):
-        return labels
-    unknown = sorted({str(label) for label in labels if str(label) not in config.label2id})
-    raise ValueError(
-        f"--label_column: {column!r} has classes that the model does not know, {', '.join(unknown[:5])}; it knows "
-        f"{', '.join(config.label2id)}. Evaluate it on data of its own classes."
-    )
 
 
-def labelled_batches(
-    dataset: Any, labels: Sequence[int], columns: Sequence[str], processor: Any, batch_size: int = 32
-) -> DataLoader[Any]:
-    """Batches of a classifier's inputs with `labels`.
-
-    Args:
-        dataset: of [`~datasets.Dataset`].
-        labels: the class of each sample.
-        columns: the column of images; or that of texts, and that of the second texts where there are pairs.
-        processor: image processor or tokenizer of the model.
-        batch_size: samples per batch.
-
-    Raises:
-        ValueError: for a column that is missing.
-    """
-    for column in columns:
-        if column not in dataset.column_names:
-            raise ValueError(f"The data has no column {column!r}; its columns are {', '.join(dataset.column_names)}.")
-    is_text = hasattr(processor, "pad_token")
-    encode: Callable[[Any], Mapping[str, Any]] = _encode_texts(processor) if is_text else _encode_images(processor)
-
-    def collate(rows: list[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
-        inputs = encode(*([row[column] for row, _ in rows] for column in columns))
-        return {**inputs, "labels": torch.tensor([label for _, label in rows])}
-
-    return DataLoader(_Labelled(dataset, labels), batch_size=batch_size, collate_fn=collate)
+def _check_channels(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """Refuses an image processor that makes other images than the model takes."""
+    kind, channels = type(processor).__name__, channels_of(config)
+    mean = getattr(processor, "image_mean", None)
+    makes_colours = getattr(processor, "do_convert_rgb", False) or (isinstance(mean, Sequence) and len(mean) == 3)
+    if channels not in (1, 3) or (channels == 1 and makes_colours):
+        raise ValueError(
+            f"MODEL: expected a model and an image processor for images of 3 channels each, or of 1 each, got a model "
+            f"for {channels} and a {kind} with image_mean={mean}, do_convert_rgb="
+            f"{getattr(processor, 'do_convert_rgb', None)}: it would not make the pixels that the model was trained "
+            "on. Save the model with the processor that it was trained with."
+        )
 
 
-class _Labelled(Dataset):
-    def __init__(self, rows: Any, labels: Sequence[int]) -> None:
-        self.rows, self.labels = rows, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Mapping[str, Any], int]:
-        return self.rows[index], self.labels[index]
-
-
-def _encode_images(processor: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
-    def encode(images: list[Any]) -> Mapping[str, Any]:
-        return {"pixel_values": processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]}
-
-    return encode
-
-
-def _encode_texts(tokenizer: Any) -> Callable[..., Mapping[str, Any]]:
-    def encode(texts: list[str], pairs: list[str] | None = None) -> Mapping[str, Any]:
-        for text in (*texts, *(pairs or ())):
-            if not isinstance(text, str):
-                raise ValueError(f"--text_column: expected a text for every sample, got {text!r}.")
-        return dict(tokenizer(texts, pairs, truncation=True, padding=True, return_tensors="pt"))
-
-    return encode
+def channels_of(config: PreTrainedConfig) -> int:
+    """How many channels the images of a model have."""
+    return getattr(config, "num_channels", 3)

@@ -1,5 +1,6 @@
 """A classifier as a whole: accuracy, calibration, robustness and attention, as figures and as pictures."""
 
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .calibration import (
 from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
-from .running import mode, random_state_kept, to_device_of
+from .running import check_batches, mode, random_state_kept, to_device_of
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ def evaluate_classifier(
 
     Raises:
         ValueError: for no data, labels or logits that do not fit, and as [`~evaluation.adversarial.attack_batch`].
+        TypeError: for a single batch, or an iterator.
     """
+    check_batches(batches, many_times=True)
     logits, labels = predict(model, batches)
     is_labelled = labels != IGNORE_INDEX
     logits, labels = logits[is_labelled], labels[is_labelled]
@@ -111,7 +114,9 @@ def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Ten
 
     Raises:
         ValueError: for no batch, or batches without labels.
+        TypeError: for a single batch.
     """
+    check_batches(batches)
     parts = []
     with mode(model, training=False):
         for batch in batches:
@@ -206,7 +211,8 @@ def _attacked(
         with random_state_kept(model):
             torch.manual_seed(seed)
             epsilons = [share * epsilon for share in STRENGTHS]
-            curves[name] = robustness_curve(model, _first(batches, samples), epsilons, attack, normalization)
+            attacked = _attackable(model, _first(batches, samples))
+            curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]
     rows = [{"name": "none", "epsilon": 0.0, "accuracy": clean.accuracy}]
     rows += [
@@ -223,3 +229,29 @@ def _first(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[
         samples -= len(batch["labels"])
         if samples <= 0:
             return
+
+
+def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Batches of texts of one length for models that look for padding among the tokens.
+
+    Classifiers on decoders classify by the last token before the padding, which an attack cannot show them, since it
+    gives them embeddings.
+    """
+    looks_for_padding = "pad_token_id" in inspect.getsource(type(transformers_model(model)).forward)
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        if looks_for_padding and isinstance(mask, Tensor) and mask.dim() == 2:
+            yield from _by_length(batch, mask.bool())
+        else:
+            yield batch
+
+
+def _by_length(batch: Mapping[str, Any], mask: Tensor) -> Iterator[dict[str, Any]]:
+    """The samples of a batch without their padding, those of one length together."""
+    lengths = mask.sum(dim=-1)
+    for length in lengths.unique():
+        rows = lengths == length
+        yield {
+            name: value[rows][mask[rows]].view(-1, length) if value.shape == mask.shape else value[rows]
+            for name, value in batch.items()
+        }

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..registration import FUNCTIONS, transformers_model
 from ..sites import attention_modules, configs_of
-from .running import buffers_kept, mode, to_device_of
+from .running import buffers_kept, check_batches, mode, to_device_of
 
 
 SHOWS_WEIGHTS = ("eager", *FUNCTIONS)
@@ -116,6 +116,7 @@ def attention_statistics(
     Raises:
         ValueError: for no batch, weights that the model does not return or that are not finite, masks that do not
             fit, or a `top_k` below 1.
+        TypeError: for a single batch in place of several.
 
     Example:
 
@@ -127,6 +128,7 @@ def attention_statistics(
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"`top_k` must be an integer >= 1, got {top_k!r}. It counts the largest weights of a query.")
+    check_batches(batches)
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, Tensor] = {}
     with _showing_weights(model), torch.no_grad():
@@ -164,6 +166,7 @@ def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Gr
 
     Raises:
         ValueError: for fewer than two batches, no trainable weights, or a loss that is missing or not finite.
+        TypeError: for a single batch in place of several.
 
     Example:
 
@@ -173,6 +176,7 @@ def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Gr
     >>> gradient_noise(BertForSequenceClassification(config), batches).batches
     2
     """
+    check_batches(batches)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("The model has no weights to train, so it has no gradients: expected requires_grad on some.")

@@ -1,6 +1,6 @@
 """Running a model on a batch, and leaving it as it was found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,38 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch where the model is."""
+    """A batch where the model is, pixels and other floating inputs in the model's precision; labels keep theirs."""
     device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    precision = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+    def moved(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, precision if value.is_floating_point() and "labels" not in name else value.dtype)
+
+    return {name: moved(name, value) for name, value in batch.items()}
+
+
+def check_batches(batches: Any, *, many_times: bool = False) -> None:
+    """Refuses what is no sequence of batches.
+
+    Args:
+        batches: what was given.
+        many_times: whether they are gone through more than once.
+
+    Raises:
+        TypeError: for a single batch; for an iterator, which is empty after the first time, if `many_times`.
+    """
+    expected = "`batches` must be a list or a DataLoader of batches"
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"{expected}, got one batch with {sorted(batches)}: its names would be taken for batches. "
+            "Put it into a list: [batch]."
+        )
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"{expected}, got {type(batches).__name__}: there is nothing to go through.")
+    if many_times and isinstance(batches, Iterator):
+        raise TypeError(
+            f"{expected}, got the iterator {type(batches).__name__}: they are gone through more than once, and it is "
+            "empty after the first time. Make it a list: list(batches)."
+        )

@@ -10,6 +10,10 @@ from PIL import Image
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -19,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_attentiondrop.evaluation.adversarial import robust_accuracy
+from hf_attentiondrop.evaluation.adversarial import robust_accuracy, robustness_curve
 from hf_attentiondrop.evaluation.attack import Attack
 from hf_attentiondrop.evaluation.calibration import calibration_metrics, fit_temperature
 from hf_attentiondrop.evaluation.classifier import cross_fitted, evaluate_classifier, predict, save_plots
@@ -94,6 +98,70 @@ def test_texts() -> None:
     assert metrics["robustness"]["space"] == "embeddings"
     largest = max(row["epsilon"] for row in metrics["robustness"]["attacks"])
     assert largest == pytest.approx(0.1 * model.get_input_embeddings().weight.std().item())
+
+
+def llama() -> LlamaForSequenceClassification:
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        vocab_size=50,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    return LlamaForSequenceClassification(config)
+
+
+def gpt2() -> GPT2ForSequenceClassification:
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=50, pad_token_id=0, initializer_range=0.5)
+    return GPT2ForSequenceClassification(config)
+
+
+def one_by_one(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Every text alone, without its padding."""
+    samples = []
+    for batch in batches:
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            samples.append({n: v[[row]][:, mask] if v.dim() == 2 else v[[row]] for n, v in batch.items()})
+    return samples
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
+def test_a_decoder_is_attacked_as_if_its_texts_came_one_by_one(model: PreTrainedModel, is_left: bool) -> None:
+    batches = [{n: v.flip(1) if is_left and v.dim() == 2 else v for n, v in batch.items()} for batch in texts(10)]
+    robustness = evaluate_classifier(model, batches, attacked_samples=8).metrics["robustness"]
+    rows = [(row["epsilon"], row["accuracy"]) for row in robustness["attacks"] if row["name"] in ("none", "FGSM")]
+    epsilons = [epsilon for epsilon, _ in rows]
+    # FGSM begins nowhere at random, so that no sample depends on those beside it.
+    curve = robustness_curve(model, one_by_one(batches)[:8], epsilons, Attack.fgsm(epsilons[-1]))
+    assert rows == [(result.epsilon, result.accuracy) for result in curve]
+    assert robustness["samples"] == 8
+
+
+def test_pixels_are_given_in_the_models_precision() -> None:
+    model, batches = vit(), images()
+    exact = predict(model, batches)[0]
+    evaluation = evaluate_classifier(model.bfloat16(), batches, attacked_samples=3, normalization=NORMALIZATION)
+    assert set(evaluation.metrics) == {"accuracy", "samples", "calibration", "robustness", "attention"}
+    assert torch.allclose(predict(model, batches)[0], exact, atol=0.05 * exact.abs().max().item())
+
+
+def test_what_is_no_list_of_batches_is_refused() -> None:
+    model, batches = vit(), images()
+    assert torch.equal(predict(model, iter(batches))[0], predict(model, batches)[0])  # Once is enough for that.
+    cases = [
+        (lambda: predict(model, batches[0]), r"got one batch with \['labels', 'pixel_values'\].*\[batch\]"),
+        (lambda: evaluate_classifier(model, batches[0]), "must be a list or a DataLoader of batches, got one batch"),
+        (lambda: evaluate_classifier(model, iter(batches)), "got the iterator list_iterator: .*more than once"),
+        (lambda: evaluate_classifier(model, (batch for batch in batches)), r"Make it a list: list\(batches\)"),
+        (lambda: predict(model, 3), "got int"),
+    ]
+    for call, message in cases:
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:

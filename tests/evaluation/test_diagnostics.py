@@ -208,6 +208,25 @@ def test_callback_logs_and_does_not_change_the_training(tmp_path: Path) -> None:
     assert summary["gradient_norm_variance"] == pytest.approx(gradient_norms(norms).variance)
 
 
+def test_pixels_are_given_in_the_models_precision() -> None:
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    model, batch = SwinForImageClassification(config), {"pixel_values": torch.rand(1, 3, 32, 32)}
+    exact = attention_statistics(model, [batch])["attentions"].means()
+    assert attention_statistics(model.bfloat16(), [batch])["attentions"].means() == pytest.approx(exact, rel=0.05)
+    labelled = [batch | {"labels": torch.tensor([label])} for label in (0, 1)]
+    assert gradient_noise(model, labelled).variance > 0
+
+
+def test_one_batch_is_no_list_of_batches() -> None:
+    batch = {"input_ids": IDS, "labels": IDS}
+    for measure in (attention_statistics, gradient_noise):
+        with pytest.raises(TypeError, match=r"got one batch with \['input_ids', 'labels'\].*\[batch\]"):
+            measure(llama(), batch)
+    # They are gone through once, so that an iterator will do.
+    once, listed = attention_statistics(llama_ := llama(), iter([batch])), attention_statistics(llama_, [batch])
+    assert torch.equal(once["attentions"].entropy, listed["attentions"].entropy)
+
+
 def test_bad_input() -> None:
     model, batch = llama(), {"input_ids": IDS}
     broken = llama()

@@ -1,0 +1,81 @@
+"""Which of a model's classes each sample of some data is of."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .labelled_data import check_column
+
+
+# Of the names in a message.
+SHOWN_NAMES = 10
+
+
+def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[int]:
+    """The model's number of each sample's class.
+
+    Names are looked up in the model's own, so that data which numbers its classes in another order is measured
+    rightly; a number may be the name of a class, too. Where the model or the data has no names, the numbers of the
+    data are taken as the model's.
+
+    Raises:
+        ValueError: for a column that is missing, labels that are no classes, and classes that the model does not know.
+    """
+    check_column("--label_column", column, dataset)
+    labels, names = dataset[column][:], getattr(dataset.features[column], "names", None)
+    _check_labels(labels, column, names)
+    known = _known_classes(labels, column, names, config)
+    named = [str(label) if names is None else names[label] for label in labels]
+    if unknown := sorted(set(named) - known.keys()):
+        raise ValueError(
+            f"--label_column: {column!r} has classes that the model does not know, {_some(unknown)}; it knows "
+            f"{_some(known)}. Evaluate it on data of its own classes."
+        )
+    return [known[name] for name in named]
+
+
+def _check_labels(labels: Sequence[Any], column: str, names: Sequence[str] | None) -> None:
+    for row, label in enumerate(labels):
+        if label is None or (names is not None and not 0 <= label < len(names)):
+            raise ValueError(
+                f"--label_column: {column!r} has samples without a label, as test splits often do, the first in row "
+                f"{row}, counted from 0: nothing can be measured on them. Take another split, or remove them."
+            )
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise ValueError(
+                f"--label_column: expected names or whole numbers of classes in {column!r}, got {label!r} in row "
+                f"{row}, counted from 0: which class of the model that is cannot be told. Write it as one of those."
+            )
+
+
+def _known_classes(
+    labels: Sequence[int | str], column: str, names: Sequence[str] | None, config: PreTrainedConfig
+) -> dict[str, int]:
+    """The model's number of each class that the data may name."""
+    known = {str(name): number for number, name in config.id2label.items()}
+    has_names = not all(name.startswith("LABEL_") for name in known)
+    if names is None:
+        # Where numbers are names, one that is unknown is a class that the model does not have, and no position.
+        is_position = all(isinstance(label, int) for label in labels) and not any(map(_is_number, known))
+        return {str(number): number for number in range(config.num_labels)} if is_position else known
+    if has_names or known.keys() >= set(names):
+        return known
+    if len(names) != config.num_labels:
+        raise ValueError(
+            f"--label_column: expected {config.num_labels} classes in {column!r}, got {len(names)}, {_some(names)}: "
+            "the model has no names for its classes, and which is which can only be told where there are as many. "
+            "Give its config the names, as id2label."
+        )
+    return {name: number for number, name in enumerate(names)}
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdigit()
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of some names."""
+    first = list(islice(names, SHOWN_NAMES + 1))
+    return ", ".join(first[:SHOWN_NAMES]) + (", …" if len(first) > SHOWN_NAMES else "")
