@@ -133,8 +133,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     try:
         import datasets
-    except ImportError:
-        raise InputError("Data is read by datasets: `pip install hf-attentiondrop[evaluation]`.") from None
+        import matplotlib  # noqa: F401  (for the plots, which are drawn when all was measured)
+    except ImportError as error:
+        raise InputError(f"{error.name} is missing: `pip install hf-attentiondrop[evaluation]`.") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

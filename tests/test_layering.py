@@ -48,7 +48,16 @@ ALLOWED = {
         "training_args",
     },
     "reporting": {"evaluation", "hub"},
-    "cli": {"attention", "configuration", "registration", "report", "reporting", "sites"},
+    "cli": {
+        "attention",
+        "configuration",
+        "evaluation",
+        "registration",
+        "report",
+        "reporting",
+        "sites",
+        "version",
+    },
     "trainer": {"consistency", "doubling", "hub", "losses", "recording", "training_args"},
 }
 
