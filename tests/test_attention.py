@@ -107,11 +107,10 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, variant
     check_against_the_definition(case, VARIANTS[variant], dropout)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_blocks_equal_the_definition(case: AttentionCase, variant: str, dropout: float, blocks: None) -> None:
-    check_against_the_definition(case, VARIANTS[variant], dropout)
+def test_blocks_equal_the_definition(case: AttentionCase, variant: str, blocks: None) -> None:
+    check_against_the_definition(case, VARIANTS[variant], dropout=0.0)
 
 
 def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +124,27 @@ def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monk
         ("none", 258, {"dropout": 0.1}),
         ("none", 259, {"position_bias": torch.zeros(1, 4, 259, 259)}),
         ("causal_without_mask", 260, {}),
+        ("none", 261, {"attention_mask": torch.zeros(1, 1, 261, 261)}),
+        ("none", 262, {"attention_mask": torch.zeros(1, 4, 262, 262, requires_grad=True)}),
     ]:
         case = replace(CASES_BY_NAME[name], queries=length, keys=length)
-        attention_drop_forward(make_module(case, drop), *case.tensors(torch.float32), None, **options)
-    assert calls == [257, 260]
+        options = {"attention_mask": None, **options}
+        attention_drop_forward(make_module(case, drop), *case.tensors(torch.float32), **options)
+    assert calls == [257, 258, 260, 261]
+
+
+@pytest.mark.parametrize("fill", ["hard_mask", "hard_zero"])
+def test_dropout_in_blocks_is_that_of_the_module(fill: str, blocks: None) -> None:
+    """The draws are another's than the definition's, and their mean is the same."""
+    case = CASES_BY_NAME["float_with_bias"]
+    drop = replace(VARIANTS[fill], p=1.0)  # Then only dropout is left to chance.
+    module, tensors = make_module(case, drop), case.tensors()
+    draws = torch.stack(
+        [attention_drop_forward(module, *tensors, case.mask(), dropout=0.5, scaling=0.3)[0] for _ in range(1000)]
+    )
+    wanted, _ = expected(case, drop, *tensors)
+    assert draws.std(dim=0).amax() > 0.1
+    assert ((draws.mean(dim=0) - wanted).abs() <= 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-4).all()
 
 
 def check_against_the_definition(case: AttentionCase, drop: AttentionDropConfig, dropout: float) -> None:
