@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import hard_attention, hard_blocks, mask_top_scores
+from hf_attentiondrop.functional import blocks, hard_attention, mask_top_scores
 
 from ..cases import CASES_BY_NAME
 
@@ -19,8 +19,8 @@ FILLS = ["mask", "zero"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard_blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(hard_blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
 
 def attend(name: str, fill: str, dropout: float = 0.0) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
@@ -68,16 +68,16 @@ def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tenso
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", ["none", "causal_without_mask", "masks_per_head_grouped", "float_with_bias", "blind"])
+@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped", "blind_float"])
 def test_dropout_takes_weights_out_at_its_rate_and_scales_the_others(name: str, fill: str) -> None:
-    rate, draws = 0.3, 400
+    rate, draws = 0.3, 80
     plain, dropped = weights(name, fill, 0.0), weights(name, fill, rate, draws)
     is_kept = dropped != 0
     torch.testing.assert_close(dropped, plain.div(1 - rate).where(is_kept, 0.0), rtol=1e-4, atol=0)
     kept = is_kept[:, plain[0] > 0].double()  # (draws, weights)
     error = (rate * (1 - rate) / draws) ** 0.5
     assert ((kept.mean(dim=0) - (1 - rate)).abs() < 5 * error).all()
-    assert (kept.mean(dim=1).std() / (rate * (1 - rate) / kept.shape[1]) ** 0.5 - 1).abs() < 0.2, "not independent"
+    assert (kept.mean(dim=1).std() / (rate * (1 - rate) / kept.shape[1]) ** 0.5 - 1).abs() < 0.3, "not independent"
 
 
 def test_dropout_draws_anew_for_every_block_and_sample() -> None:
@@ -132,10 +132,10 @@ def test_keys_that_no_query_of_a_block_sees_are_left_out(name: str) -> None:
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     mask = case.mask()
-    blocks = list(hard_blocks._blocks(query, key, mask, case.is_causal))
+    found = list(blocks.each_block(query, key, mask, case.is_causal))
     work = sum(
         (b.heads.stop - b.heads.start) * (b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start)
-        for b in blocks
+        for b in found
     )
     assert case.visible.sum() <= work < 0.85 * case.visible.numel()
 
