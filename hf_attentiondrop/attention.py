@@ -147,16 +147,25 @@ def _runs_in_blocks(call: AttentionCall) -> bool:
     """Whether a processor does better without the score matrix, and nothing but masks shapes the scores."""
     if call.query.device.type != "cpu" or call.query.shape[-2] * call.key.shape[-2] <= FEW_SCORES:
         return False
-    if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None or call.dropout > 0:
+    if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None:
         return False
-    return call.mask is None or call.mask.dtype == torch.bool
+    return call.mask is None or not call.mask.requires_grad
 
 
 def _hard_attention_in_blocks(call: AttentionCall, drop: AttentionDropConfig) -> torch.Tensor:
     shape = *call.query.shape[:-1], min(drop.k, call.key.shape[-2])
     drawn = torch.rand(shape, device=call.query.device) < _strength(call)
-    states = (call.query, call.key, call.value)
-    return hard_attention(*states, drawn, call.mask, is_causal=call.causal, scaling=call.scaling, fill=drop.fill)
+    return hard_attention(
+        call.query,
+        call.key,
+        call.value,
+        drawn,
+        call.mask,
+        is_causal=call.causal,
+        scaling=call.scaling,
+        fill=drop.fill,
+        dropout=call.dropout,
+    )
 
 
 def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:

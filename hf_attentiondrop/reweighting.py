@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .base import AttentionCall, is_recomputing
-from .functional import affine_scale, gate_output, rescale_output, rescale_weights, visible_mean
+from .functional import affine_bias, affine_scale, gate_output, rescale_output, rescale_weights, visible_sums
 from .reweighting_configuration import AffineScaledConfig, AttentionSinkConfig, GatedAttentionConfig, ReweightingConfig
 
 
@@ -143,16 +143,12 @@ class AffineScaling(Reweighting):
             self._update_average(alpha.detach(), call.real_queries)
         average = self.average.clone()  # A later update must not change what the backward pass finds.
         output, weights = attend(call)
-        mean, count = visible_mean(
-            call.value, call.mask, is_causal=call.causal, query_length=call.lengths["query_length"]
-        )
-        length = count.clamp_min(1)
-        if self.config.bias_length == "keys":
-            length = call.lengths["key_length"]
-            mean = mean * count / length
+        sums = visible_sums(call.mask, is_causal=call.causal, **call.lengths)
+        length = call.lengths["key_length"] if self.config.bias_length == "keys" else None
+        beta = affine_bias(alpha, average, sums.count, length)
         if weights is not None:
-            weights = rescale_weights(weights, call.visible, alpha, average, length)
-        return rescale_output(output, mean, alpha, average), weights
+            weights = rescale_weights(weights, call.visible, alpha, beta)
+        return rescale_output(output, call.value, alpha, beta, sums), weights
 
     @torch.no_grad()
     def _update_average(self, alpha: torch.Tensor, real_queries: torch.Tensor | None) -> None:

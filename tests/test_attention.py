@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from hf_attentiondrop import AttentionDropConfig, attention
 from hf_attentiondrop.attention import attention_drop_forward
-from hf_attentiondrop.functional import draw_hits, hard_blocks
+from hf_attentiondrop.functional import blocks, draw_hits
 from hf_attentiondrop.sites import AttentionSite
 
 from . import reference
@@ -93,11 +93,11 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance
 
 
 @pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hard in blocks, of which even the short sequences here need several, in both directions."""
     monkeypatch.setattr(attention, "FEW_SCORES", 0)
-    monkeypatch.setattr(hard_blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(hard_blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -107,11 +107,10 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, variant
     check_against_the_definition(case, VARIANTS[variant], dropout)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_blocks_equal_the_definition(case: AttentionCase, variant: str, dropout: float, blocks: None) -> None:
-    check_against_the_definition(case, VARIANTS[variant], dropout)
+def test_blocks_equal_the_definition(case: AttentionCase, variant: str, small_blocks: None) -> None:
+    check_against_the_definition(case, VARIANTS[variant], dropout=0.0)
 
 
 def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +124,27 @@ def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monk
         ("none", 258, {"dropout": 0.1}),
         ("none", 259, {"position_bias": torch.zeros(1, 4, 259, 259)}),
         ("causal_without_mask", 260, {}),
+        ("none", 261, {"attention_mask": torch.zeros(1, 1, 261, 261)}),
+        ("none", 262, {"attention_mask": torch.zeros(1, 4, 262, 262, requires_grad=True)}),
     ]:
         case = replace(CASES_BY_NAME[name], queries=length, keys=length)
-        attention_drop_forward(make_module(case, drop), *case.tensors(torch.float32), None, **options)
-    assert calls == [257, 260]
+        options = {"attention_mask": None, **options}
+        attention_drop_forward(make_module(case, drop), *case.tensors(torch.float32), **options)
+    assert calls == [257, 258, 260, 261]
+
+
+@pytest.mark.parametrize("fill", ["hard_mask", "hard_zero"])
+def test_dropout_in_blocks_is_that_of_the_module(fill: str, small_blocks: None) -> None:
+    """The draws are another's than the definition's, and their mean is the same."""
+    case = CASES_BY_NAME["float_with_bias"]
+    drop = replace(VARIANTS[fill], p=1.0)  # Then only dropout is left to chance.
+    module, tensors = make_module(case, drop), case.tensors()
+    draws = torch.stack(
+        [attention_drop_forward(module, *tensors, case.mask(), dropout=0.5, scaling=0.3)[0] for _ in range(200)]
+    )
+    wanted, _ = expected(case, drop, *tensors)
+    assert draws.std(dim=0).amax() > 0.1
+    assert ((draws.mean(dim=0) - wanted).abs() <= 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-4).all()
 
 
 def check_against_the_definition(case: AttentionCase, drop: AttentionDropConfig, dropout: float) -> None:
@@ -207,7 +223,7 @@ def test_half_precision_is_finite_and_close(case: AttentionCase, variant: str, d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_blocks_in_half_precision(case: AttentionCase, variant: str, dtype: torch.dtype, blocks: None) -> None:
+def test_blocks_in_half_precision(case: AttentionCase, variant: str, dtype: torch.dtype, small_blocks: None) -> None:
     check_half_precision(case, variant, dtype)
 
 

@@ -5,14 +5,14 @@ grouped-query attention), `Q` queries, `K` keys, `D` head dimension, `W` blur wi
 that broadcasts over batch or heads. A visibility mask is boolean and true where a query may see a key.
 """
 
-from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_scale, rescale_output, rescale_weights
+from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .blur import blur_keys, gaussian_window
 from .gate import gate_output
 from .hard import FILLS, draw_hits, mask_top_scores
 from .hard_blocks import hard_attention
-from .mean import visible_mean
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
+from .sums import VisibleSums, visible_sums
 from .visibility import visible_keys, visible_neighbours
 
 
@@ -21,6 +21,8 @@ __all__ = [
     "BIAS_LENGTHS",
     "FILLS",
     "INITS",
+    "VisibleSums",
+    "affine_bias",
     "affine_scale",
     "attention_scores",
     "blur_keys",
@@ -35,6 +37,6 @@ __all__ = [
     "rescale_weights",
     "show_sink",
     "visible_keys",
-    "visible_mean",
     "visible_neighbours",
+    "visible_sums",
 ]

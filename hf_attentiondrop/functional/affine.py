@@ -1,11 +1,15 @@
 """Affine-Scaled Attention (arXiv 2602.23057): attention weights times a learned scale, plus a bias that balances it.
 
 The weights are `α·P + β` on visible keys, with `P` the softmax, `β = (α_ma - α) / N` and `α_ma` a moving average of
-`α`. What they do to the values is an epilogue on any attention output `O`: `α·O + (α_ma - α)·(n / N)·V̄`, where `V̄` is
-the mean of the `n` visible values.
+`α`. What they do to the values is an epilogue on any attention output `O`: `α·O + β·Σ_j v_j` over the visible values.
 """
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
+
+from .sums import VisibleSums
 
 
 ACTIVATIONS = ("linear_clip", "sigmoid")
@@ -42,37 +46,102 @@ def affine_scale(logits: torch.Tensor, *, activation: str = "linear_clip", init:
     return scale if init == "paper" else 1.0 + (scale - 0.5)  # φ(0) is 0.5 for both.
 
 
-def rescale_output(
-    output: torch.Tensor, mean: torch.Tensor, alpha: torch.Tensor, alpha_average: torch.Tensor
+def affine_bias(
+    alpha: torch.Tensor, alpha_average: torch.Tensor, count: torch.Tensor, length: int | None = None
 ) -> torch.Tensor:
-    """Attention output under affine-scaled weights. With `α = α_ma = 1` it is the output, bit for bit.
+    """The bias `β` of every query and head, zero for queries that see no key.
 
     Args:
-        output: `O`, `(B, Q, H, D)`.
-        mean: `(n / N)·V̄`, `(B, Hkv|H, Q|1, D)`, see [`~functional.visible_mean`].
         alpha: `(B, Q, H)`.
         alpha_average: `α_ma`, `(H,)`.
+        count: how many keys a query sees, integers `(B|1, H|1, Q|1, 1)`.
+        length: `N`; by default the count.
 
     Returns:
-        `(B, Q, H, D)` in the output's dtype, computed in the scale's.
-
-    Source: arXiv 2602.23057. In the form `α·(O - V̄) + α_ma·V̄` it would not be exact at the identity.
+        `(α_ma - α) / N`, `(B, Q, H)`.
 
     Example:
 
-    >>> rescale_output(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 3.0), torch.tensor([[[0.5]]]), torch.ones(1))
+    >>> affine_bias(torch.tensor([[[0.5]]]), torch.ones(1), torch.tensor([[[[2]]]]))
+    tensor([[[0.2500]]])
+    """
+    count = count.squeeze(-1).transpose(1, 2)  # (B|1, Q|1, H|1)
+    bias = (alpha_average - alpha) / (count.clamp_min(1) if length is None else length)
+    return bias.masked_fill(count == 0, 0.0)
+
+
+def rescale_output(
+    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+) -> torch.Tensor:
+    """Attention output under affine-scaled weights. With `α = 1` and `β = 0` it is the output, bit for bit.
+
+    Args:
+        output: `O`, `(B, Q, H, D)`.
+        value: `(B, Hkv, K, D)`.
+        alpha: `α`, `(B, Q, H)`.
+        beta: `β`, `(B, Q, H)`, zero for queries that see no key.
+        sums: what to add up for each query, see [`~functional.visible_sums`].
+
+    Returns:
+        `(B, Q, H, D)` in the output's dtype, computed in the scale's. It keeps nothing for the backward pass that the
+        attention before it does not keep anyhow, and has no second derivative.
+
+    Source: arXiv 2602.23057. With the mean `V̄` of the visible values, in the form `α·(O - V̄) + α_ma·V̄`, it would not
+    be exact at the identity.
+
+    Example:
+
+    >>> from hf_attentiondrop.functional import visible_sums
+    >>> sums = visible_sums(None, is_causal=False, query_length=1, key_length=2, device=torch.device("cpu"))
+    >>> value = torch.tensor([2.0, 4.0]).view(1, 1, 2, 1)
+    >>> rescale_output(torch.ones(1, 1, 1, 1), value, torch.tensor([[[0.5]]]), torch.tensor([[[0.25]]]), sums)
     tensor([[[[2.]]]])
     """
-    heads = mean.shape[1]
-    grouped = output.unflatten(2, (heads, -1))  # (B, Q, Hkv, G, D)
-    scale = alpha.unflatten(2, (heads, -1)).unsqueeze(-1)
-    bias = (alpha_average - alpha).unflatten(2, (heads, -1)).unsqueeze(-1)
-    rescaled = scale * grouped + bias * mean.transpose(1, 2).unsqueeze(3)
-    return rescaled.flatten(2, 3).to(output.dtype)
+    return _Rescale.apply(output, value, alpha, beta, sums)
+
+
+class _Rescale(torch.autograd.Function):
+    """Makes the sums once more in the backward pass, where autograd would keep them, as large as the output, and goes
+    through memory less often than it would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+    ) -> torch.Tensor:
+        ctx.save_for_backward(output, value, alpha, beta)
+        ctx.sums = sums
+        with torch.autocast(output.device.type, enabled=False):
+            total = sums(value)
+        groups = total.shape[2], -1  # (Hkv, G)
+        rescaled = output * alpha.unsqueeze(-1)
+        grouped = rescaled.unflatten(2, groups)
+        grouped.addcmul_(beta.unflatten(2, groups).unsqueeze(-1), total.unsqueeze(3).to(rescaled.dtype))
+        return rescaled.to(output.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        output, value, alpha, beta = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            total = ctx.sums(value)
+            groups = total.shape[2], -1
+            gradient = gradient.to(alpha.dtype)
+            by_group = gradient.unflatten(2, groups)
+            product = gradient * output  # One place for all products: fresh memory costs more than they do.
+            grouped = product.unflatten(2, groups)
+            of_alpha = product.sum(dim=-1)
+            of_beta = torch.mul(by_group, total.unsqueeze(3), out=grouped).sum(dim=-1).flatten(2)
+            torch.mul(by_group, beta.unflatten(2, groups).unsqueeze(-1), out=grouped)
+            of_total = product if grouped.shape[3] == 1 else grouped.sum(dim=3)
+            if total.shape[1] == 1:
+                of_total = of_total.sum(dim=1, keepdim=True)
+            of_value = ctx.sums.adjoint(of_total, value).to(value.dtype)
+            of_output = torch.mul(gradient, alpha.unsqueeze(-1), out=product).to(output.dtype)
+        return of_output, of_value, of_alpha.to(alpha.dtype), of_beta.to(beta.dtype), None
 
 
 def rescale_weights(
-    weights: torch.Tensor, visible: torch.Tensor | None, alpha: torch.Tensor, alpha_average: torch.Tensor, length: int
+    weights: torch.Tensor, visible: torch.Tensor | None, alpha: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
     """The affine-scaled weights themselves, for those who want to see them.
 
@@ -80,18 +149,16 @@ def rescale_weights(
         weights: `P`, `(B, H, Q, K)`.
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
         alpha: `(B, Q, H)`.
-        alpha_average: `α_ma`, `(H,)`.
-        length: `N`, integer or `(B|1, H|1, Q|1, 1)`.
+        beta: `(B, Q, H)`.
 
     Returns:
         `(B, H, Q, K)` in the dtype of the weights. A row sums to `α_ma` for `N` = visible keys.
 
     Example:
 
-    >>> rescale_weights(torch.tensor([[[[0.75, 0.25]]]]), None, torch.tensor([[[0.5]]]), torch.ones(1), 2)
+    >>> rescale_weights(torch.tensor([[[[0.75, 0.25]]]]), None, torch.tensor([[[0.5]]]), torch.tensor([[[0.25]]]))
     tensor([[[[0.6250, 0.3750]]]])
     """
-    alpha, alpha_average = alpha.transpose(1, 2).unsqueeze(-1), alpha_average.view(1, -1, 1, 1)
-    bias = (alpha_average - alpha) / length
-    bias = bias if visible is None else bias.where(visible, 0.0)
-    return (alpha * weights + bias).to(weights.dtype)
+    alpha, beta = (factor.transpose(1, 2).unsqueeze(-1) for factor in (alpha, beta))
+    beta = beta if visible is None else beta.where(visible, 0.0)
+    return (alpha * weights + beta).to(weights.dtype)

@@ -1,7 +1,44 @@
 """Who sees whom: visibility read off the masks that Transformers hands to an attention function."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+T = TypeVar("T")
+
+_found = WeakTensorKeyDictionary()
+
+
+def once_per_mask(find: Callable[..., T], mask: torch.Tensor, *args: Any) -> T:
+    """`find(mask, *args)`, kept for as long as the mask lives and stays as it is.
+
+    A model hands one and the same mask to all its layers, and activation checkpointing hands it over once more: what
+    they have to know about it need not be found out by each of them. What was found goes when the mask goes, so `find`
+    must return nothing that refers to the mask; and it is found anew after a change in place, which the version of a
+    tensor counts. (Like autograd, this trusts that nobody writes behind its back, through `.data` or a NumPy array
+    that shares the memory.) A compiled graph has no tensors to remember, and those of inference mode have no version.
+    Threads do not share masks, and if they did, the worst would be that both of them find out.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or mask.is_inference():
+        return find(mask, *args)
+    version, known = _found.get(mask, (None, None))
+    if version != mask._version:
+        known = {}
+        _found[mask] = mask._version, known
+    if (find, *args) not in known:
+        known[find, *args] = find(mask, *args)
+    return known[find, *args]
+
+
+def shown_keys(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask shows a key: a boolean mask itself, and what an additive one does not push below all scores."""
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
 
 
 def visible_keys(
@@ -31,9 +68,7 @@ def visible_keys(
         if not is_causal or query_length == 1:
             return None
         return torch.ones(1, 1, query_length, key_length, dtype=torch.bool, device=device).tril()
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
-    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return shown_keys(attention_mask)
 
 
 def visible_neighbours(
@@ -74,6 +109,21 @@ def visible_neighbours(
             [ True,  True, False],
             [ True,  True, False]])
     """
+    settings = (width, is_causal, is_cross, query_length, key_length, device)
+    if attention_mask is None:
+        return _neighbours(None, *settings)
+    return once_per_mask(_neighbours, attention_mask, *settings)
+
+
+def _neighbours(
+    attention_mask: torch.Tensor | None,
+    width: int,
+    is_causal: bool,
+    is_cross: bool,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+) -> torch.Tensor:
     half = width // 2
     offset = torch.arange(-half, half + 1, device=device)
     neighbour = torch.arange(key_length, device=device)[:, None] + offset  # (K, W)
@@ -81,9 +131,7 @@ def visible_neighbours(
     if attention_mask is None:
         return ((neighbour >= 0) & (neighbour < key_length) & in_order)[None, None]
 
-    visible = visible_keys(
-        attention_mask, is_causal=is_causal, query_length=query_length, key_length=key_length, device=device
-    ).expand(-1, -1, query_length, -1)
+    visible = shown_keys(attention_mask).expand(-1, -1, query_length, -1)
     # Keys that some query sees: all that is known of a key without a query row of its own.
     seen = F.pad(visible.any(dim=-2), (half, half)).unfold(-1, width, 1)  # (B|1, H|1, K, W)
     cached = key_length - query_length

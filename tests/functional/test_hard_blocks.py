@@ -7,44 +7,95 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import hard_attention, hard_blocks, mask_top_scores
+from hf_attentiondrop.functional import blocks, hard_attention, mask_top_scores
 
 from ..cases import CASES_BY_NAME
 
 
 NAMES = ["none", "causal_without_mask", "padding_left", "masks_per_head_grouped", "blind", "cross_random", "cached"]
+ADDITIVE = ["float_with_bias", "blind_float", "blind_float_minus_infinity", "bias_grouped"]
 FILLS = ["mask", "zero"]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard_blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(hard_blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
 
-def attend(name: str, fill: str) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
+def attend(name: str, fill: str, dropout: float = 0.0) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
     """Hard attention on a mask of the table, as a function of query, key and value alone, and these."""
     case = CASES_BY_NAME[name]
     generator = torch.Generator().manual_seed(1)
     drawn = torch.rand(case.batch_size, case.heads, case.queries, 3, generator=generator) < 0.5
     mask = case.mask()
     tensors = tuple(tensor[..., :4].requires_grad_() for tensor in case.tensors())
-    return lambda *states: hard_attention(*states, drawn, mask, is_causal=case.is_causal, fill=fill), tensors
+
+    def function(*states: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return hard_attention(*states, drawn, mask, is_causal=case.is_causal, fill=fill, dropout=dropout)
+
+    return function, tensors
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", [*NAMES, *ADDITIVE])
+def test_gradients_are_the_slopes(name: str, fill: str, dropout: float) -> None:
+    assert gradcheck(*attend(name, fill, dropout), fast_mode=True)
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_the_slopes(name: str, fill: str) -> None:
-    assert gradcheck(*attend(name, fill), fast_mode=True)
-
-
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped"])
-def test_the_operator_keeps_the_rules_of_torch(name: str, fill: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("causal_without_mask", 0.0), ("masks_per_head_grouped", 0.3), ("float_with_bias", 0.3)]
+)
+def test_the_operator_keeps_the_rules_of_torch(name: str, dropout: float, fill: str) -> None:
     case, (_, tensors) = CASES_BY_NAME[name], attend(name, fill)
-    drawn = torch.rand(3, 4, 9, 3) < 0.5
+    drawn, seed = torch.rand(3, 4, 9, 3) < 0.5, torch.tensor(5) if dropout else None
     operator = torch.ops.hf_attentiondrop.hard_attention.default
-    torch.library.opcheck(operator, (*tensors, drawn, case.mask(), case.is_causal, 0.5, fill))
+    torch.library.opcheck(operator, (*tensors, drawn, case.mask(), seed, case.is_causal, 0.5, fill, dropout))
+
+
+def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tensor:
+    """The weights themselves, `(draws, B, H, Q, K)`, each draw of which has the same hits."""
+    case = CASES_BY_NAME[name]
+    query, key, _ = case.tensors()
+    value = torch.eye(case.keys, dtype=torch.float64).expand(case.batch_size, case.kv_heads, -1, -1)
+    drawn = torch.rand(case.batch_size, case.heads, case.queries, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    options = {"is_causal": case.is_causal, "fill": fill, "dropout": dropout}
+    results = [hard_attention(query, key, value, drawn, case.mask(), **options) for _ in range(draws)]
+    return torch.stack(results).transpose(2, 3)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped", "blind_float"])
+def test_dropout_takes_weights_out_at_its_rate_and_scales_the_others(name: str, fill: str) -> None:
+    rate, draws = 0.3, 80
+    plain, dropped = weights(name, fill, 0.0), weights(name, fill, rate, draws)
+    is_kept = dropped != 0
+    torch.testing.assert_close(dropped, plain.div(1 - rate).where(is_kept, 0.0), rtol=1e-4, atol=0)
+    kept = is_kept[:, plain[0] > 0].double()  # (draws, weights)
+    error = (rate * (1 - rate) / draws) ** 0.5
+    assert ((kept.mean(dim=0) - (1 - rate)).abs() < 5 * error).all()
+    assert (kept.mean(dim=1).std() / (rate * (1 - rate) / kept.shape[1]) ** 0.5 - 1).abs() < 0.3, "not independent"
+
+
+def test_dropout_draws_anew_for_every_block_and_sample() -> None:
+    is_kept = weights("none", "zero", 0.5)[0] != 0  # (B, H, Q, K)
+    rows = is_kept.flatten(0, 2)
+    assert len(rows.unique(dim=0)) > 0.75 * len(rows)  # 9 bits each
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(1.0, 0.0), (1e-9, 1.0)])
+def test_dropout_at_its_ends(rate: float, kept: float) -> None:
+    torch.testing.assert_close(weights("none", "mask", rate), kept * weights("none", "mask", 0.0))
+
+
+def test_a_mask_that_wants_a_gradient_is_refused() -> None:
+    mask = torch.zeros(1, 1, 9, 9, requires_grad=True)
+    tensors = CASES_BY_NAME["none"].tensors(torch.float32)
+    with pytest.raises(ValueError, match="not trained.*mask_top_scores"):
+        hard_attention(*tensors, torch.ones(3, 4, 9, 3) > 0, mask)
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -81,19 +132,20 @@ def test_keys_that_no_query_of_a_block_sees_are_left_out(name: str) -> None:
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     mask = case.mask()
-    blocks = list(hard_blocks._blocks(query, key, mask, case.is_causal))
+    found = list(blocks.each_block(query, key, mask, case.is_causal))
     work = sum(
         (b.heads.stop - b.heads.start) * (b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start)
-        for b in blocks
+        for b in found
     )
     assert case.visible.sum() <= work < 0.85 * case.visible.numel()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("fill", FILLS)
-def test_checkpointing_repeats_the_draw(fill: str, use_reentrant: bool) -> None:
+def test_checkpointing_repeats_the_draw(fill: str, dropout: float, use_reentrant: bool) -> None:
     def layer(*states: torch.Tensor) -> torch.Tensor:
-        return hard_attention(*states, torch.rand(3, 4, 9, 3) < 0.5, fill=fill)
+        return hard_attention(*states, torch.rand(3, 4, 9, 3) < 0.5, fill=fill, dropout=dropout)
 
     gradients = []
     for run in (layer, lambda *states: checkpoint(layer, *states, use_reentrant=use_reentrant)):
@@ -103,6 +155,24 @@ def test_checkpointing_repeats_the_draw(fill: str, use_reentrant: bool) -> None:
         gradients.append([tensor.grad for tensor in tensors])
     for plain, repeated in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, repeated)
+
+
+@pytest.mark.parametrize("name", ["none", "float_with_bias"])
+def test_compiled_in_one_graph_it_draws_the_same(name: str) -> None:
+    tensors = attend(name, "mask")[1]
+    mask = CASES_BY_NAME[name].mask()
+
+    def total(*states: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(3, 4, 9, 3) < 0.5
+        return hard_attention(*states, drawn, mask, dropout=0.3).square().sum()
+
+    torch._dynamo.reset()
+    results = []
+    for run in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(run(*tensors), tensors))
+    for plain, from_graph in zip(*results, strict=True):
+        torch.testing.assert_close(plain, from_graph)
 
 
 @pytest.mark.parametrize("fill", FILLS)

@@ -1,0 +1,87 @@
+"""What is found out about a mask is found once, and never outlives the mask or a change of it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.functional import visibility, visible_neighbours, visible_sums
+from hf_attentiondrop.functional.visibility import once_per_mask
+
+from ..models import build, enable_checkpointing, inputs
+
+
+class Counter:
+    """Counts the keys that a mask shows, and how often it was asked to."""
+
+    calls = 0
+
+    def __call__(self, mask: Tensor, factor: int = 1) -> int:
+        self.calls += 1
+        return factor * int(mask.sum())
+
+
+def test_it_is_found_once_for_each_mask_and_question() -> None:
+    find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert [once_per_mask(find, mask) for _ in range(3)] == [9, 9, 9] and find.calls == 1
+    assert once_per_mask(find, mask, 2) == 18 and find.calls == 2
+    assert once_per_mask(find, mask.clone()) == 9 and find.calls == 3, "another mask that happens to hold the same"
+    assert once_per_mask(find, mask) == 9 and find.calls == 3
+
+
+@pytest.mark.parametrize("through_a_view", [True, False])
+def test_a_change_in_place_is_noticed(through_a_view: bool) -> None:
+    find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    once_per_mask(find, mask)
+    (mask[..., 0] if through_a_view else mask).fill_(False)
+    assert once_per_mask(find, mask) == (6 if through_a_view else 0)
+
+
+def test_tensors_of_inference_mode_are_looked_at_each_time() -> None:
+    find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with torch.inference_mode():
+        once_per_mask(find, mask)
+        inside = mask.clone()
+    for _ in range(2):
+        assert once_per_mask(find, inside) == 9
+    assert find.calls == 3
+    assert once_per_mask(find, mask) == 9 and find.calls == 4, "a tensor made in inference mode could not train"
+
+
+@pytest.mark.parametrize("kind", ["padding", "causal", "arbitrary"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_nothing_keeps_a_mask_alive(kind: str, dtype: torch.dtype) -> None:
+    visible = {
+        "padding": torch.arange(9) < 6,
+        "causal": torch.ones(9, 9).tril() > 0,
+        "arbitrary": torch.rand(9, 9) < 0.5,
+    }
+    mask = visible[kind].expand(1, 1, 9, 9).clone()
+    mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    lengths = {"query_length": 9, "key_length": 9, "device": torch.device("cpu"), "is_causal": True}
+    kept_before = len(visibility._found)
+    visible_sums(mask, **lengths)
+    visible_neighbours(mask, width=3, is_cross=False, **lengths)
+    assert len(visibility._found) == kept_before + 1
+    gone = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert gone() is None and len(visibility._found) == kept_before
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_the_layers_of_a_model_share_what_the_first_one_found(
+    use_reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    original = visibility._neighbours
+    monkeypatch.setattr(visibility, "_neighbours", lambda *args: looks.append(1) or original(*args))
+    model = build("bert", attention_drop=AttentionDropConfig(variant="blur")).train()
+    if use_reentrant is not None:
+        enable_checkpointing(model, use_reentrant=use_reentrant)
+    for calls in (1, 2):
+        model(**inputs("bert", padding="right")).loss.backward()
+        assert len(looks) == calls < calls * model.config.num_hidden_layers
