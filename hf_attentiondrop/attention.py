@@ -2,12 +2,15 @@
 
 Hard perturbs the mask and blur perturbs the keys; the base attention then does the rest, so everything that it honours
 (bias, softcap, sinks, dropout, fused kernels) holds for the perturbed attention too. Only `fill="zero"`, which no
-mask can express, computes its own softmax, and so does hard on long sequences on a processor, to spare the mask.
+mask can express, computes its own softmax, and so does hard on long sequences, to spare the mask.
 """
 
 import copy
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +19,15 @@ from torch.nn import functional as F
 
 from .base import AttentionCall, attend_if_any_key, base_attention, is_recomputing
 from .configuration import AttentionDropConfig
-from .functional import blur_keys, draw_hits, expand_heads, hard_attention, mask_top_scores, visible_neighbours
+from .functional import (
+    blur_keys,
+    draw_hits,
+    expand_heads,
+    flex_hard_attention,
+    hard_attention,
+    mask_top_scores,
+    visible_neighbours,
+)
 
 
 NAME = "attentiondrop"
@@ -27,6 +38,13 @@ HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
 # Scores of one head up to which a processor is as fast with the whole score matrix as with blocks of it.
 FEW_SCORES = 256 * 256
+# Scores of one head up to which the score matrix does well on a kind of device where FlexAttention trains. At 512 x 512
+# a batch of 32 with 12 heads has 0.4 GB of them, and on a GPU the dozens of small kernels around FlexAttention take as
+# long as a few passes over that. Longer sequences need the memory, and from 1024 x 1024 on the time as well.
+FLEX_ATTENTION_BEYOND = {"cuda": 512 * 512}
+FLEX_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLEX_ATTENTION_SIZES = range(16, 257)
+HAS_TRITON = find_spec("triton") is not None
 # Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -126,6 +144,8 @@ def _strength(call: AttentionCall) -> torch.Tensor:
 def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if _runs_in_blocks(call):
         return _hard_attention_in_blocks(call, drop), None
+    if _runs_on_flex_attention(call):
+        return _hard_attention_in_blocks(call, drop, flex_hard_attention), None
     if drop.fill == "zero":
         return _zero_filled_attention(call, drop)
     visible = call.visible
@@ -147,11 +167,28 @@ def _runs_in_blocks(call: AttentionCall) -> bool:
     return call.mask is None or call.mask.dtype == torch.bool
 
 
-def _hard_attention_in_blocks(call: AttentionCall, drop: AttentionDropConfig) -> torch.Tensor:
+def _runs_on_flex_attention(call: AttentionCall) -> bool:
+    """Whether a device does better without the score matrix, and FlexAttention can do without it.
+
+    FlexAttention has no dropout of attention weights.
+    """
+    few_scores = FLEX_ATTENTION_BEYOND.get(call.query.device.type, math.inf)
+    if not HAS_TRITON or call.query.shape[-2] * call.key.shape[-2] <= few_scores:
+        return False
+    if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None or call.dropout > 0:
+        return False
+    if any(states.shape[-1] not in FLEX_ATTENTION_SIZES for states in (call.query, call.value)):
+        return False
+    return call.value.dtype in FLEX_ATTENTION_DTYPES and (call.mask is None or call.mask.dtype == torch.bool)
+
+
+def _hard_attention_in_blocks(
+    call: AttentionCall, drop: AttentionDropConfig, attend: Callable[..., torch.Tensor] = hard_attention
+) -> torch.Tensor:
     shape = *call.query.shape[:-1], min(drop.k, call.key.shape[-2])
     drawn = torch.rand(shape, device=call.query.device) < _strength(call)
     states = (call.query, call.key, call.value)
-    return hard_attention(*states, drawn, call.mask, is_causal=call.causal, scaling=call.scaling, fill=drop.fill)
+    return attend(*states, drawn, call.mask, is_causal=call.causal, scaling=call.scaling, fill=drop.fill)
 
 
 def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:

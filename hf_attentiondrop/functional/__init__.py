@@ -1,4 +1,4 @@
-"""The methods as pure tensor functions: one method per file, torch alone.
+"""The methods as pure tensor functions: one method per file, torch alone (on CUDA, the Triton that comes with it too).
 
 Shapes, everywhere in this package: `B` batch, `H` query heads, `Hkv` key/value heads (`H` is a multiple of it under
 grouped-query attention), `Q` queries, `K` keys, `D` head dimension, `W` blur width. `(B|1, H|1, Q, K)` is a tensor
@@ -10,6 +10,7 @@ from .blur import blur_keys, gaussian_window
 from .gate import gate_output
 from .hard import FILLS, draw_hits, mask_top_scores
 from .hard_blocks import hard_attention
+from .hard_flex import flex_hard_attention
 from .mean import visible_mean
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
@@ -26,6 +27,7 @@ __all__ = [
     "blur_keys",
     "draw_hits",
     "expand_heads",
+    "flex_hard_attention",
     "gate_output",
     "gaussian_window",
     "hard_attention",
