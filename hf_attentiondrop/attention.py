@@ -38,9 +38,9 @@ HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
 # Scores of one head up to which a processor is as fast with the whole score matrix as with blocks of it.
 FEW_SCORES = 256 * 256
-# Scores of one head up to which the score matrix does well on a kind of device where FlexAttention trains. At 512 x 512
-# a batch of 32 with 12 heads has 0.4 GB of them, and on a GPU the dozens of small kernels around FlexAttention take as
-# long as a few passes over that. Longer sequences need the memory, and from 1024 x 1024 on the time as well.
+# Scores of one head up to which the score matrix does, on devices where FlexAttention trains. At 512 x 512 a batch of
+# 32 with 12 heads has 0.4 GB of them, and the dozens of small kernels around FlexAttention cost as much time as some
+# passes over that. It grows with the square of the length, and they do not.
 FLEX_ATTENTION_BEYOND = {"cuda": 512 * 512}
 FLEX_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLEX_ATTENTION_SIZES = range(16, 257)

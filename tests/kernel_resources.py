@@ -21,7 +21,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def resources(capability: int, dtype: torch.dtype, size: int, has_mask: bool) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack, and bytes of shared memory, for contiguous states and a mask or none."""
+    """Registers of a thread, bytes of its stack, and bytes of shared memory, with a mask or causal without one."""
     constants = {
         "SIZE": size,
         "PADDED_SIZE": triton.next_power_of_2(size),
@@ -59,7 +59,6 @@ def resources(capability: int, dtype: torch.dtype, size: int, has_mask: bool) ->
 if __name__ == "__main__":
     for capability in (80, 90):
         for dtype, size, has_mask in [
-            (torch.bfloat16, 64, True),
             (torch.bfloat16, 64, False),
             (torch.bfloat16, 128, True),
             (torch.float32, 64, True),
