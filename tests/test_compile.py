@@ -1,6 +1,5 @@
 """torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -36,13 +35,6 @@ def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) ->
 def test_hard_in_blocks_compiles_in_one_graph(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "FEW_SCORES", 0)
     check_one_graph(family, variant)
-
-
-def test_hard_on_flex_attention_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch, flex_attention: None) -> None:
-    monkeypatch.setattr(attention, "FEW_SCORES", math.inf)
-    monkeypatch.setattr(attention, "FLEX_ATTENTION_BEYOND", {"cpu": 0})
-    monkeypatch.setattr(attention, "FLEX_ATTENTION_SIZES", range(257))
-    check_one_graph("llama", "hard_mask")
 
 
 def check_one_graph(family: str, variant: str) -> None:

@@ -26,18 +26,14 @@ from ..cases import CASES_BY_NAME
 FILLS = ["mask", "zero"]
 NAMES = [
     "none",
-    "one_query",
     "causal_without_mask",
     "causal_padding_left",
-    "padding_right",
     "packed",
     "sliding_window",
     "cross_padding",
     "grouped_queries_causal",
     "masks_per_head_grouped",
-    "arbitrary",
     "blind_causal",
-    "cached",
     "static_prefill",
     "pooled_keys",
 ]
