@@ -90,7 +90,7 @@ def pack_hits(index: Tensor, hit: Tensor, num_keys: int) -> Tensor:
     index = index.clamp_min(0)
     bits = hit.to(torch.int32) << (index % BITS_PER_WORD).to(torch.int32)
     # No two hits of a row share a bit, so that a sum is as good as an "or", and no order of adding changes it.
-    return words.scatter_add(-1, (index // BITS_PER_WORD).long(), bits)
+    return words.scatter_add_(-1, (index // BITS_PER_WORD).long(), bits)
 
 
 @functools.cache
