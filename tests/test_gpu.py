@@ -96,8 +96,10 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
             gradients = torch.autograd.grad(output.double().square().sum(), (query, key, value))
             results.append([output.double().cpu(), *(gradient.double().cpu() for gradient in gradients)])
         for cuda, cpu in zip(*results, strict=True):
-            tolerance = 1e-4 if dtype == torch.float32 else 0.05 * cpu.abs().max().item()
-            torch.testing.assert_close(cuda, cpu, rtol=0, atol=tolerance)
+            error = (cuda - cpu).abs().amax(dim=-1) / cpu.abs().max()
+            # Where two scores almost tie, the other one may be hit.
+            assert (error < (1e-5 if dtype == torch.float32 else 0.03)).double().mean() > 0.99
+            assert cuda.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["none", "causal_without_mask", "grouped_queries_padding", "blind", "cross_padding"])
