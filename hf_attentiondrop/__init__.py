@@ -12,13 +12,14 @@ from .version import __version__, require_minimum_versions
 require_minimum_versions()
 
 from .configuration import AttentionDropConfig  # noqa: E402
-from .registration import configure, register, set_base_attention  # noqa: E402
+from .registration import register  # noqa: E402
 from .report import Report, report  # noqa: E402
 from .reweighting_configuration import (  # noqa: E402
     AffineScaledConfig,
     AttentionSinkConfig,
     GatedAttentionConfig,
 )
+from .settings import configure, set_base_attention  # noqa: E402
 
 
 if TYPE_CHECKING:

@@ -1,22 +1,15 @@
-"""The attention function, with the signature that Transformers calls.
+"""The attention functions, with the signature that Transformers calls."""
 
-Hard perturbs the mask and blur perturbs the keys; the base attention then does the rest, so everything that it honours
-(bias, softcap, sinks, dropout, fused kernels) holds for the perturbed attention too. Only `fill="zero"`, which no
-mask can express, computes its own softmax, and so does hard on long sequences on a processor, to spare the mask.
-"""
-
-import copy
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .base import SDPA, AttentionCall, attend_if_any_key, base_attention, is_recomputing
+from .base import SDPA, AttentionCall, base_attention, is_recomputing
+from .blur import attend_blurred
 from .configuration import AttentionDropConfig
-from .functional import blur_keys, draw_hits, expand_heads, hard_attention, mask_top_scores, visible_neighbours
+from .hard import attend_hard
 
 
 NAME = "attentiondrop"
@@ -25,8 +18,6 @@ HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 # Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now,
 # and the rest is for the loss.
 BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
-# Scores of one head up to which a processor is as fast with the whole score matrix as with blocks of it.
-FEW_SCORES = 256 * 256
 # Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -120,101 +111,8 @@ def _attend(call: AttentionCall, drop: AttentionDropConfig | None) -> tuple[torc
         return base_attention(call)
     if not is_recomputing():
         call.module.attention_drop_site.calls.add_(1)
-    return _PERTURBED_ATTENTIONS[drop.variant](call, drop)
-
-
-def _strength(call: AttentionCall) -> torch.Tensor:
-    """The `p` or `sigma_max` of the module."""
-    return call.module.attention_drop_site.strength
-
-
-def _hard_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if _runs_in_blocks(call):
-        return _hard_attention_in_blocks(call, drop), None
-    if drop.fill == "zero":
-        return _zero_filled_attention(call, drop)
-    visible = call.visible
-    with torch.no_grad():
-        kept = ~draw_hits(call.scores(), visible, p=_strength(call), k=drop.k, fill=drop.fill)
-    if visible is not None:
-        kept &= visible
-    is_additive = call.mask is not None and call.mask.dtype != torch.bool
-    mask = call.mask.masked_fill(~kept, -torch.inf) if is_additive else kept
-    return attend_if_any_key(replace(call, mask=mask, base=SDPA))
-
-
-def _runs_in_blocks(call: AttentionCall) -> bool:
-    """Whether a processor does better without the score matrix, and nothing but masks shapes the scores."""
-    if call.query.device.type != "cpu" or call.query.shape[-2] * call.key.shape[-2] <= FEW_SCORES:
-        return False
-    if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None:
-        return False
-    return call.mask is None or not call.mask.requires_grad
-
-
-def _hard_attention_in_blocks(call: AttentionCall, drop: AttentionDropConfig) -> torch.Tensor:
-    shape = *call.query.shape[:-1], min(drop.k, call.key.shape[-2])
-    drawn = torch.rand(shape, device=call.query.device) < _strength(call)
-    return hard_attention(
-        call.query,
-        call.key,
-        call.value,
-        drawn,
-        call.mask,
-        is_causal=call.causal,
-        scaling=call.scaling,
-        fill=drop.fill,
-        dropout=call.dropout,
-    )
-
-
-def _blurred_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if call.extras.get("softcap") is not None:
-        raise ValueError(
-            f"AttentionDrop's blur cannot act on {type(call.module).__name__}, which caps its scores (softcap="
-            f"{call.extras['softcap']}): blurring the keys no longer blurs the scores once tanh stands between "
-            "them. Use "
-            'variant="hard", or set the softcap of the model config to None.'
-        )
-    neighbours = visible_neighbours(
-        call.mask,
-        width=drop.width,
-        is_causal=call.causal,
-        is_cross=call.module.attention_drop_site.kind == "cross",
-        **call.lengths,
-    )
-    dtype = torch.promote_types(call.key.dtype, torch.float32)
-    sigma = _strength(call) * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
-    key = blur_keys(call.key, sigma, neighbours)
-    if key.shape[1] == call.key.shape[1]:
-        return attend_if_any_key(replace(call, key=key))
-    # One mask per query head took one key per query head: the base attention must not repeat them once more.
-    ungrouped = copy.copy(call.module)
-    ungrouped.num_key_value_groups = 1
-    value = expand_heads(call.value, key.shape[1])
-    return attend_if_any_key(replace(call, module=ungrouped, key=key, value=value))
-
-
-_PERTURBED_ATTENTIONS = {"hard": _hard_attention, "blur": _blurred_attention}
-
-
-def _zero_filled_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hard with hit scores at 0: they stay in the softmax, as constants, which takes a softmax of our own."""
-    visible = call.visible
-    scores = mask_top_scores(call.scores(), visible, p=_strength(call), k=drop.k, fill="zero")
-    blind = None if visible is None else ~visible.any(dim=-1, keepdim=True)
-    if blind is not None:
-        scores = scores.masked_fill(blind, 0.0)
-    per_head = [sink.view(1, -1, 1, 1) for sink in (call.extras.get("s_aux"), call.sink) if sink is not None]
-    for sinks in (call.extras.get("sinks"), *per_head):
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : call.key.shape[-2]]
-    weights = F.dropout(weights, p=call.dropout, training=call.module.training).to(call.value.dtype)
-    if blind is not None:
-        weights = weights.masked_fill(blind, 0.0)
-    output = (weights @ expand_heads(call.value, weights.shape[1])).transpose(1, 2).contiguous()
-    return output, weights if call.extras.get("output_attentions") else None
+    attend = {"hard": attend_hard, "blur": attend_blurred}[drop.variant]
+    return attend(call, drop)
 
 
 def _perturbation(module: nn.Module, *, by_default: bool) -> AttentionDropConfig | None:

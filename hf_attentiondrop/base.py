@@ -39,6 +39,11 @@ class AttentionCall:
         return getattr(self.module, "is_causal", True) if self.is_causal is None else self.is_causal
 
     @property
+    def strength(self) -> torch.Tensor:
+        """The `p` or `sigma_max` of the module."""
+        return self.module.attention_drop_site.strength
+
+    @property
     def lengths(self) -> dict[str, Any]:
         return {
             "query_length": self.query.shape[-2],

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
+
+from .functional import block_mask, once_per_mask
 
 
 FLEX = "flex_attention"
@@ -64,7 +65,7 @@ def attend_with(
     if name == FLEX:
         if mask is not None and mask.dtype != torch.bool:
             return None
-        blocks = _block_mask(mask, is_causal, query, key)
+        blocks = block_mask(mask, is_causal and query.shape[-2] > 1, query.shape[-2], key.shape[-2], query.device)
         return attend(module, *states, blocks, is_causal=is_causal, **options)[0]
     if _is_flash(name):
         return _attend_with_flash(attend, _named(module, name), states, mask, is_causal, options)
@@ -86,7 +87,7 @@ class Packing:
     longest: int
 
     @classmethod
-    def of_mask(cls, mask: Tensor, batch_size: int, *, is_causal: bool, window: int | None = None) -> "Packing | None":
+    def of_mask(cls, mask: Tensor, batch_size: int, is_causal: bool, window: int | None = None) -> "Packing | None":
         """Reads it off a mask of self-attention.
 
         Args:
@@ -142,7 +143,7 @@ def _attend_with_flash(
     options["is_causal"] = is_causal
     if mask is None:
         return attend(module, *states, None, **options)[0]
-    packing = Packing.of_mask(mask, batch_size, is_causal=is_causal, window=options.get("sliding_window"))
+    packing = once_per_mask(Packing.of_mask, mask, batch_size, is_causal, options.get("sliding_window"))
     if packing is None or packing.longest == 0:
         return None
     query, key, value = (x.transpose(1, 2).flatten(0, 1)[packing.index].transpose(0, 1)[None] for x in states)
@@ -151,21 +152,6 @@ def _attend_with_flash(
     output = attend(module, query, key, value, None, **options, **runs)[0][0]  # (N, H, D)
     padded = output.new_zeros(batch_size * queries, *output.shape[1:])
     return padded.index_copy(0, packing.index, output).unflatten(0, (batch_size, queries))
-
-
-def _block_mask(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> BlockMask | None:
-    queries, keys = query.shape[-2], key.shape[-2]
-    if mask is None:
-        if not is_causal or queries == 1:
-            return None
-        return create_block_mask(lambda b, h, q, k: q >= k, None, None, queries, keys, device=query.device)
-    batch_size, heads = (size if size > 1 else None for size in mask.shape[:2])
-    mask = mask.expand(-1, -1, queries, -1)
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask[b if batch_size else 0, h if heads else 0, q, k]
-
-    return create_block_mask(sees, batch_size, heads, queries, keys, device=query.device)
 
 
 def _is_flash(name: str) -> bool:

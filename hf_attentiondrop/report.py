@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .attention import NAME
-from .registration import transformers_model
-from .sites import attention_modules
+from .settings import transformers_model
+from .sites import attention_dropout, attention_modules
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ReportRow:
         applied: what happens to it in training, in words; empty for nothing.
         calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
         reweighting: what learned weights are attached to it, in words; empty for none.
+        needs_score_matrix: whether attention dropout, which FlexAttention has not, makes it hold all scores on CUDA.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ReportRow:
     applied: str
     calls: int
     reweighting: str = ""
+    needs_score_matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Report:
         lines.insert(1, "  ".join("-" * width for width in widths))
         summary = f"{self.model}: {len(self.active)} of {len(self.rows)} attention modules are perturbed in training"
         summary += f", {reweighted} reweighted" if reweighted else ""
+        if dropped := sum(row.needs_score_matrix for row in self.rows):
+            lines.append(
+                f"attention dropout in {dropped} of them: on CUDA these hold all scores at any length, since "
+                "FlexAttention has no dropout"
+            )
         return "\n".join([summary, *(line.rstrip() for line in lines)])
 
 
@@ -81,6 +88,7 @@ def report(model: Any) -> Report:
     module                          kind          layer  implementation  in training               calls
     ------------------------------  ------------  -----  --------------  ------------------------  -----
     encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
+    attention dropout in 1 of them: on CUDA these hold all scores at any length, since FlexAttention has no dropout
     """
     base = transformers_model(model)
     rows = []
@@ -102,6 +110,7 @@ def report(model: Any) -> Report:
                 applied="" if drop is None else drop.summary,
                 calls=int(site.calls),
                 reweighting="" if reweighting is None else reweighting.summary,
+                needs_score_matrix=drop is not None and drop.variant == "hard" and attention_dropout(module) > 0,
             )
         )
     return Report(type(base).__name__, tuple(rows))

@@ -15,6 +15,8 @@ from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
 
 # What model files call cross-attention, and the arguments that hand it the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
+# What model files call the dropout of attention weights, the plainest name last: it may be that of other dropout.
+DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
 
 
@@ -104,6 +106,12 @@ def uses_attention_interface(module_class: type[nn.Module]) -> bool:
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The named modules of a model that attend through the interface."""
     return ((name, module) for name, module in model.named_modules() if uses_attention_interface(type(module)))
+
+
+def attention_dropout(module: nn.Module) -> float:
+    """The rate at which a module drops attention weights in training."""
+    dropout = next((getattr(module, name) for name in DROPOUT_NAMES if hasattr(module, name)), 0.0)
+    return getattr(dropout, "p", dropout)
 
 
 def place_sites(model: PreTrainedModel) -> None:

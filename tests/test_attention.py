@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from hf_attentiondrop import AttentionDropConfig, attention
+from hf_attentiondrop import AttentionDropConfig, hard
 from hf_attentiondrop.attention import attention_drop_forward
 from hf_attentiondrop.functional import blocks, draw_hits
 from hf_attentiondrop.sites import AttentionSite
@@ -95,7 +95,7 @@ def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hard in blocks, of which even the short sequences here need several, in both directions."""
-    monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    monkeypatch.setattr(hard, "FEW_SCORES", 0)
     monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
     monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
@@ -115,8 +115,8 @@ def test_blocks_equal_the_definition(case: AttentionCase, variant: str, small_bl
 
 def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = attention.hard_attention
-    monkeypatch.setattr(attention, "hard_attention", lambda *a, **k: calls.append(a[0].shape[-2]) or original(*a, **k))
+    original = hard.hard_attention
+    monkeypatch.setattr(hard, "hard_attention", lambda *a, **k: calls.append(a[0].shape[-2]) or original(*a, **k))
     drop = VARIANTS["hard_mask"]
     for name, length, options in [
         ("none", 256, {}),

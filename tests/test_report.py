@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
 
-from hf_attentiondrop import AttentionDropConfig, configure, report
+from hf_attentiondrop import AttentionDropConfig, attention, configure, report
+from hf_attentiondrop.sites import attention_dropout
 
 from .models import build, enable_checkpointing, inputs
 
@@ -64,6 +65,33 @@ def test_sublayers_are_not_layers() -> None:
         "decoder.block.1.layer.0.Self": ("decoder_self", 1),
         "decoder.block.1.layer.1.EncDec": ("cross", 1),
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("bert", "attention_probs_dropout_prob"),
+        ("vit", "attention_probs_dropout_prob"),
+        ("marian", "attention_dropout"),
+        ("llama", "attention_dropout"),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_dropout_is_seen_and_costs_a_score_matrix(
+    family: str, name: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, attend = {}, attention._attend
+    monkeypatch.setattr(
+        attention, "_attend", lambda call, drop: seen.update({call.module: call}) or attend(call, drop)
+    )
+    model = build(family, attention_drop=EVERYWHERE | {"layers": [0]}, **{name: rate})
+    model.train()(**inputs(family))
+    assert seen and all(attention_dropout(module) == call.dropout == rate for module, call in seen.items())
+    first = report(model)
+    assert all(row.needs_score_matrix == bool(rate and row.applied) for row in first.rows)
+    assert ("FlexAttention" in str(first)) == bool(rate)
+    configure(model, AttentionDropConfig(variant="blur", **EVERYWHERE))
+    assert "FlexAttention" not in str(report(model))
 
 
 def test_evaluation_is_not_counted() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..registration import transformers_model
+from ..settings import transformers_model
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import (

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..registration import FUNCTIONS, transformers_model
+from ..registration import FUNCTIONS
+from ..settings import transformers_model
 from ..sites import attention_modules, configs_of
 from .running import buffers_kept, check_batches, mode, to_device_of
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..registration import transformers_model
+from ..settings import transformers_model
 
 
 # Half a grey level of an 8-bit image: what rounding to half precision may shift a pixel by.

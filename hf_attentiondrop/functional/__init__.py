@@ -1,4 +1,4 @@
-"""The methods as pure tensor functions: one method per file, torch alone.
+"""The methods as pure tensor functions: one method per file, torch alone (on CUDA, the Triton that comes with it too).
 
 Shapes, everywhere in this package: `B` batch, `H` query heads, `Hkv` key/value heads (`H` is a multiple of it under
 grouped-query attention), `Q` queries, `K` keys, `D` head dimension, `W` blur width. `(B|1, H|1, Q, K)` is a tensor
@@ -10,10 +10,11 @@ from .blur import blur_keys, gaussian_window
 from .gate import gate_output
 from .hard import FILLS, draw_hits, mask_top_scores
 from .hard_blocks import hard_attention
+from .hard_flex import block_mask, flex_hard_attention
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
 from .sums import VisibleSums, visible_sums
-from .visibility import visible_keys, visible_neighbours
+from .visibility import once_per_mask, visible_keys, visible_neighbours
 
 
 __all__ = [
@@ -25,13 +26,16 @@ __all__ = [
     "affine_bias",
     "affine_scale",
     "attention_scores",
+    "block_mask",
     "blur_keys",
     "draw_hits",
     "expand_heads",
+    "flex_hard_attention",
     "gate_output",
     "gaussian_window",
     "hard_attention",
     "mask_top_scores",
+    "once_per_mask",
     "prepend_sink",
     "rescale_output",
     "rescale_weights",

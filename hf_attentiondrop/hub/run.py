@@ -24,8 +24,8 @@ from transformers import (
 from transformers.modelcard import TASK_MAPPING
 
 from ..losses import NO_DIVERGENCE
-from ..registration import transformers_model
 from ..report import report
+from ..settings import transformers_model
 from ..sites import attention_modules
 from ..training_args import ConsistencyArguments
 from .content import CardContent, Data

@@ -1,0 +1,183 @@
+"""Attention under Hard Attention Masking without the score matrix, on CUDA: what is hit is a bit for each score.
+
+FlexAttention is a fused kernel with a function of ours in it, which sees one score at a time. Which scores are hit is
+therefore found first, by a kernel of its own, and left where that function can look it up: in a bit mask, 1/32 of the
+size of a score matrix in float32. Ranking again in the backward pass could hit other scores where two almost tie.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .visibility import once_per_mask
+
+
+BITS_PER_WORD = 32
+BLOCK_SIZE = 128
+# Compiled functions that a model may need: self- and cross-attention, with and without masks or gradients, of lengths
+# that stay and lengths that change. Beyond their number FlexAttention would raise.
+COMPILED_FUNCTIONS = 64
+
+
+def flex_hard_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    drawn: Tensor,
+    visible: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    fill: str = "mask",
+) -> Tensor:
+    """[`hard_attention`] by FlexAttention, for CUDA devices: same arguments, same hits.
+
+    Args:
+        query: `(B, H, Q, D)` in float16, bfloat16 or float32, `D` at least 16.
+        key: `(B, Hkv, K, D)`.
+        value: `(B, Hkv, K, Dv)`, `Dv` at least 16. Queries and keys are taken in its dtype.
+        drawn, visible, is_causal, scaling, fill: as in [`hard_attention`].
+
+    Returns:
+        `(B, Q, H, Dv)` in the dtype of the values. Zeros for queries that see no key. No gradient flows into a hit
+        score, and there is no second derivative.
+
+    Source: arXiv 2504.12088, Hard Attention Masking.
+    """
+    # Triton comes with the CUDA builds of torch, and the rest of this package does without.
+    from .top_scores import top_score_indices
+
+    # Under autocast, rotary embeddings may have made float32 of queries and keys.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    is_causal = is_causal and visible is None and query.shape[-2] > 1
+    index, num_visible = top_score_indices(query.detach(), key.detach(), drawn.shape[-1], visible, is_causal)
+    hit = drawn & (index >= 0)
+    if fill == "mask":
+        hit = hit & (hit.sum(dim=-1, keepdim=True) < num_visible)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    output = attend(
+        query,
+        key,
+        value,
+        score_mod=_fill_hits(pack_hits(index, hit, key.shape[-2]), fill),
+        block_mask=block_mask(visible, is_causal, query.shape[-2], key.shape[-2], query.device),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"BACKEND": "TRITON"},
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def pack_hits(index: Tensor, hit: Tensor, num_keys: int) -> Tensor:
+    """Packs hits into words of 32 keys.
+
+    Args:
+        index: `(..., k)`, the candidates among the keys, each at most once.
+        hit: boolean `(..., k)`, which of them are hit.
+        num_keys: how many keys there are.
+
+    Returns:
+        int32 `(..., ceil(num_keys / 32))`: bit `j % 32` of word `j // 32` is set where key `j` is hit.
+
+    Example:
+
+    >>> pack_hits(torch.tensor([[0, 33, 2]]), torch.tensor([[True, True, False]]), num_keys=40)
+    tensor([[1, 2]], dtype=torch.int32)
+    """
+    words = hit.new_zeros(*hit.shape[:-1], -(-num_keys // BITS_PER_WORD), dtype=torch.int32)
+    index = index.clamp_min(0)
+    bits = hit.to(torch.int32) << (index % BITS_PER_WORD).to(torch.int32)
+    # No two hits of a row share a bit, so that a sum is as good as an "or", and no order of adding changes it.
+    return words.scatter_add_(-1, (index // BITS_PER_WORD).long(), bits)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    # Uncompiled it would hold all scores.
+    return torch.compile(flex_attention, fullgraph=True, recompile_limit=COMPILED_FUNCTIONS)
+
+
+def _fill_hits(words: Tensor, fill: str) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        # The kernel counts in 32 bits, whatever the size of a tensor that it does not know.
+        word = words[b.long(), h.long(), q.long(), k // BITS_PER_WORD]
+        is_hit = (word >> (k % BITS_PER_WORD)) & 1 == 1
+        # Not a number from outside, which the compiler might take for an argument.
+        return torch.where(is_hit, -torch.inf if fill == "mask" else 0.0, score)
+
+    return score_mod
+
+
+def block_mask(
+    visible: Tensor | None, is_causal: bool, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask | None:
+    """Which blocks of scores FlexAttention may leave out, and in which it must ask for every score.
+
+    `create_block_mask` would first make a mask of all scores of what it is given as a function.
+
+    Args:
+        visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
+        is_causal: whether query `i` sees no key after `i`, if there is no `visible`.
+        num_queries: `Q`.
+        num_keys: `K`.
+        device: where index tensors are made.
+
+    Returns:
+        `None` where every query sees every key.
+    """
+    if visible is None and not is_causal:
+        return None
+    whole_rows, whole_columns = (_whole_blocks(length, device) for length in (num_queries, num_keys))
+    shape = (len(whole_rows), len(whole_columns))
+    if visible is None:
+        shows_any = torch.ones(1, 1, *shape, dtype=torch.bool, device=device).tril()
+        shows_all, mask_mod = shows_any.tril(-1), _is_not_later
+    else:
+        shows_any, shows_all = (blocks.expand(-1, -1, *shape) for blocks in once_per_mask(_visible_blocks, visible))
+        mask_mod = _look_up(visible.detach())
+    # As `create_block_mask` has it, the ragged blocks at the ends are never in full view.
+    shows_all = shows_all & whole_rows[:, None] & whole_columns
+    return BlockMask.from_kv_blocks(
+        *_in_order(shows_any & ~shows_all),
+        *_in_order(shows_all),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=mask_mod,
+        seq_lengths=(num_queries, num_keys),
+    )
+
+
+def _whole_blocks(length: int, device: torch.device) -> Tensor:
+    """Which blocks of a sequence do not reach beyond its end."""
+    return torch.arange(0, length, BLOCK_SIZE, device=device) <= length - BLOCK_SIZE
+
+
+def _visible_blocks(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """In which blocks some score is visible and in which all are, `(B|1, H|1, Q blocks|1, K blocks)`."""
+    rows = min(BLOCK_SIZE, visible.shape[-2])
+    padded = F.pad(visible, (0, -visible.shape[-1] % BLOCK_SIZE, 0, -visible.shape[-2] % rows))
+    blocks = padded.unflatten(-1, (-1, BLOCK_SIZE)).unflatten(-3, (-1, rows))
+    return blocks.any(dim=-1).any(dim=-2), blocks.all(dim=-1).all(dim=-2)
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are meant, and their numbers first."""
+    blocks = blocks.to(torch.int32)
+    numbers = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), numbers.to(torch.int32)
+
+
+def _is_not_later(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+def _look_up(visible: Tensor) -> Callable[..., Tensor]:
+    samples, heads, rows = (int(size > 1) for size in visible.shape[:-1])
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible[b.long() * samples, h.long() * heads, q.long() * rows, k]
+
+    return mask_mod
