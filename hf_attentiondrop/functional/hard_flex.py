@@ -18,6 +18,20 @@ from .visibility import once_per_mask
 
 BITS_PER_WORD = 32
 BLOCK_SIZE = 128
+# FlexAttention's own choice of tiles leaves no room for the words and the masks that its pipeline fetches besides: it
+# takes 272 kB of shared memory at head size 64, and a Hopper GPU has 227. These take less than 99, which all GPUs have.
+TILES = {
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 32,
+    "fwd_num_stages": 2,
+    "fwd_num_warps": 4,
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 2,
+    "bwd_num_warps": 4,
+}
 # Compiled functions that a model may need: self- and cross-attention, with and without masks or gradients, of lengths
 # that stay and lengths that change. Beyond their number FlexAttention would raise.
 COMPILED_FUNCTIONS = 64
@@ -67,7 +81,7 @@ def flex_hard_attention(
         block_mask=block_mask(visible, is_causal, query.shape[-2], key.shape[-2], query.device),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options={"BACKEND": "TRITON"},
+        kernel_options={"BACKEND": "TRITON"} | TILES,
     )
     return output.transpose(1, 2).contiguous()
 
@@ -104,8 +118,8 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 def _fill_hits(words: Tensor, fill: str) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # The kernel counts in 32 bits, whatever the size of a tensor that it does not know.
-        word = words[b.long(), h.long(), q.long(), k // BITS_PER_WORD]
-        is_hit = (word >> (k % BITS_PER_WORD)) & 1 == 1
+        word = words[b.long(), h.long(), q.long(), k >> 5]  # k // 32 and k % 32 would take tens of instructions
+        is_hit = (word >> (k & 31)) & 1 == 1
         # Not a number from outside, which the compiler might take for an argument.
         return torch.where(is_hit, -torch.inf if fill == "mask" else 0.0, score)
 
