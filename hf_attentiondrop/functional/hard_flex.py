@@ -18,20 +18,6 @@ from .visibility import once_per_mask
 
 BITS_PER_WORD = 32
 BLOCK_SIZE = 128
-# FlexAttention's own choice of tiles leaves no room for the words and the masks that its pipeline fetches besides: it
-# takes 272 kB of shared memory at head size 64, and a Hopper GPU has 227. These take less than 99, which all GPUs have.
-TILES = {
-    "fwd_BLOCK_M": 64,
-    "fwd_BLOCK_N": 32,
-    "fwd_num_stages": 2,
-    "fwd_num_warps": 4,
-    "bwd_BLOCK_M1": 32,
-    "bwd_BLOCK_N1": 64,
-    "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 32,
-    "bwd_num_stages": 2,
-    "bwd_num_warps": 4,
-}
 # Compiled functions that a model may need: self- and cross-attention, with and without masks or gradients, of lengths
 # that stay and lengths that change. Beyond their number FlexAttention would raise.
 COMPILED_FUNCTIONS = 64
@@ -51,9 +37,9 @@ def flex_hard_attention(
     """[`hard_attention`] by FlexAttention, for CUDA devices: same arguments, same hits.
 
     Args:
-        query: `(B, H, Q, D)` in float16, bfloat16 or float32, `D` at least 16.
+        query: `(B, H, Q, D)` in float16, bfloat16 or float32, `D` from 16 to 128.
         key: `(B, Hkv, K, D)`.
-        value: `(B, Hkv, K, Dv)`, `Dv` at least 16. Queries and keys are taken in its dtype.
+        value: `(B, Hkv, K, Dv)`, `Dv` from 16 to 128. Queries and keys are taken in its dtype.
         drawn, visible, is_causal, scaling, fill: as in [`hard_attention`].
 
     Returns:
@@ -81,7 +67,7 @@ def flex_hard_attention(
         block_mask=block_mask(visible, is_causal, query.shape[-2], key.shape[-2], query.device),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options={"BACKEND": "TRITON"} | TILES,
+        kernel_options={"BACKEND": "TRITON"} | _tiles(value.dtype),
     )
     return output.transpose(1, 2).contiguous()
 
@@ -107,6 +93,20 @@ def pack_hits(index: Tensor, hit: Tensor, num_keys: int) -> Tensor:
     bits = hit.to(torch.int32) << (index % BITS_PER_WORD).to(torch.int32)
     # No two hits of a row share a bit, so that a sum is as good as an "or", and no order of adding changes it.
     return words.scatter_add_(-1, (index // BITS_PER_WORD).long(), bits)
+
+
+def _tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles that leave room in shared memory for the words and masks which the kernels' pipelines fetch besides.
+
+    FlexAttention's own choice does not: at head size 64 it takes 272 kB, and a Hopper GPU has 227. With these it takes
+    76 kB at head size 128, and smaller GPUs have 99.
+    """
+    if dtype == torch.float32:
+        # Its choice for the backward pass is small enough.
+        return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1, "fwd_num_warps": 4}
+    forward = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 2, "fwd_num_warps": 4}
+    keys, queries = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64}, {"bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
+    return forward | keys | queries | {"bwd_num_stages": 2, "bwd_num_warps": 4}
 
 
 @functools.cache
