@@ -105,8 +105,9 @@ def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Calla
     """Forward and backward of an attention call by one method."""
     torch.manual_seed(0)
     visible, kv_heads = case.visible(), case.kv_heads or case.heads
-    shapes = [(case.batch_size, heads, case.length, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
-    leaves = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    # In memory as models hold them: all heads of a token beside each other.
+    shapes = [(case.batch_size, case.length, heads, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
+    leaves = [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
     mask = None if visible is None else visible.to(device)
     options: dict[str, Any] = {"is_causal": case.mask == "causal"}
     if method == "affine":
