@@ -13,7 +13,7 @@ from .evaluation.checkpoint import load_classifier
 from .evaluation.classes import class_numbers
 from .evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
 from .evaluation.labelled_data import labelled_batches, load_labelled
-from .evaluation.perturbation_space import Normalization
+from .evaluation.perturbation_space import Normalization, check_attackable
 from .hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
 
 
@@ -50,12 +50,13 @@ def evaluate_checkpoint(
     Raises:
         ValueError: for an output folder that is not empty or cannot be written, a device that is not there, and a
             model or data that do not fit.
-        OSError: for a model without weights.
     """
     folder = Path(output_dir)
     _check_output_dir(folder)
     place = _find_device(device)
     model, processor = load_classifier(model_name)
+    if attacked_samples:
+        check_attackable(model)
     is_text = isinstance(processor, PreTrainedTokenizerBase)
     texts = {"--text_column": text_column, "--text_pair_column": text_pair_column}
     columns = texts if is_text else {"--image_column": image_column}

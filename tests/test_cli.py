@@ -11,6 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
@@ -347,6 +349,24 @@ def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest
     data = ["--data", tmp_path / "texts.csv", "--output_dir", tmp_path / "report", "--max_samples", 3]
     output = printed(capsys, "evaluate", tmp_path / "model", *data, "--evaluate_robustness")
     assert "samples            3\n" in output and "under PGD-20" in output
+
+
+def test_evaluate_does_not_attack_what_has_to_see_the_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = BartConfig(**layers, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=60)
+    BartForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    texts = ["a red house", "an old tree"]
+    BertTokenizer(eos_token="[SEP]").train_new_from_iterator(texts, 60, show_progress=False).save_pretrained(
+        tmp_path / "model"
+    )
+    capsys.readouterr()  # the progress bar of that
+    arguments = [tmp_path / "model", "--data", tmp_path / "none.csv", "--output_dir", tmp_path / "report"]
+    code, line = failure(capsys, "evaluate", *arguments, "--evaluate_robustness")
+    assert code == 2 and "--evaluate_robustness: expected a classifier that takes embeddings" in line
+    assert "--data" in failure(capsys, "evaluate", *arguments)[1]
+    assert not (tmp_path / "report").exists()
 
 
 def test_evaluate_refuses_bad_input(
