@@ -205,6 +205,14 @@ def test_the_configuration_can_be_given(folder: Path, capsys: pytest.CaptureFixt
         ),
         (["check", "x", "--attention_drop", '{"varient": 1}'], "Did you mean 'variant'? The keys are variant, p, k"),
         (["check", "x", "--attention_drop", '{"p": 2}'], "`p` must be a probability in [0, 1], got 2"),
+        (
+            ["evaluate", "x", "--data", "y", "--seed", "-1"],
+            "expected an integer from 0 to 9223372036854775807, got '-1",
+        ),
+        (
+            ["evaluate", "x", "--data", "y", "--seed", str(2**63)],
+            "from 0 to 9223372036854775807, got '92233720368547758",
+        ),
         (["check", "x", "--attention_drop", "[1]"], "`attention_drop` must be an AttentionDropConfig or a dict"),
     ],
 )
@@ -331,12 +339,18 @@ def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFix
 
     for contents, message in (
         ("first,class\n,1\na,0\n", "--text_column: row 0 of 'first', counted from 0: expected a text, got None"),
-        ("", "pairs.csv"),
+        (
+            "first,class\nNone,1\na,\n",
+            "--label_column: 'class' has samples without a label, as test splits often do, ",
+        ),
+        ("", "pairs.csv' cannot be loaded: it has no rows"),
     ):
         (tmp_path / "pairs.csv").write_text(contents)
         arguments = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "none", *flags[:2], *flags[4:]]
         code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments)
         assert code == 2 and message in line and not (tmp_path / "none").exists()
+    code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments, "--image_column", "picture")
+    assert code == 2 and "--image_column: the model classifies texts, and would ignore 'picture'." in line
 
 
 def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,7 +408,14 @@ def test_evaluate_refuses_bad_input(
         (["nobody/nothing", *good, *report], "MODEL: expected a folder with a saved classifier, or a classifier on"),
         ([classifier / "config.json", *good, *report], "Name the folder that it lies in"),
         ([classifier, "--data", tmp_path / "data.xlsx", *report], "--data: expected a file of one of csv"),
-        ([classifier, "--data", tmp_path / "none", *report], "cannot be loaded"),
+        ([classifier, "--data", tmp_path / "none", *report], "--data: there is no such file or folder here, and as a"),
+        ([classifier, "--data", "", *report], "--data: expected a folder, a file, or a data set on the Hub, got noth"),
+        ([classifier, *good, *report, "--config", "small"], "'small' would be ignored"),
+        ([classifier, *good, *report, "--text_column", "text"], "--text_column: the model classifies images, and wou"),
+        ([classifier, *good, *report, "--text_pair_column", "b"], "--text_pair_column: the model classifies images"),
+        ([classifier, *good, *report, "--robustness_samples", 9], "nothing is attacked without --evaluate_robustness"),
+        ([classifier, *good, "--output_dir", ""], "--output_dir: expected a folder for the report, got nothing"),
+        ([classifier, *good, "--output_dir", tmp_path / ("a" * 300)], "nothing can be made there: [Errno 36] File na"),
         ([classifier, *good, *report, "--split", "test"], "has no split 'test'; it has train"),
         ([classifier, *good, *report, "--label_column", "class"], "has no column 'class'; its columns are image"),
         ([classifier, *good, *report, "--image_column", "picture"], "has no column 'picture'"),
