@@ -77,9 +77,8 @@ def evaluate_checkpoint(
     own = ("accuracy", "samples")
     metrics = {f"eval_{name}" if name in own else name: value for name, value in evaluation.metrics.items()}
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    is_local = Path(data_name).exists()
-    # Of a path only the name: the rest is about this machine.
-    data = Data(Path(data_name).resolve().name) if is_local else Data(None, data_name, config, split)
+    drawn = len(order) if len(order) < len(dataset) else None
+    data = _describe_data(data_name, config, str(dataset.split), drawn)
     name = Path(model_name).resolve().name if Path(model_name).exists() else model_name.split("/")[-1]
     content = describe_model(model, folder, metrics, name=name, processor=processor, data=data)
     # The card lies beside its pictures, not beside the weights.
@@ -112,6 +111,14 @@ def _columns(is_text: bool, image: str | None, text: str | None, text_pair: str 
     first = next(iter(read))
     given = {flag: column for flag, column in read.items() if column is not None}
     return {first: kind.removesuffix("s"), **given}
+
+
+def _describe_data(name: str, config: str | None, split: str, drawn: int | None) -> Data:
+    path = Path(name)
+    if not path.exists():
+        return Data(repo_id=name, config=config, split=split, drawn=drawn)
+    # Of a path only the name: the rest is about this machine. The split of a single file is but a word for all of it.
+    return Data(path.resolve().name, split=split if path.is_dir() else None, drawn=drawn)
 
 
 def _check_output_dir(folder: Path) -> None:

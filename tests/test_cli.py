@@ -297,6 +297,8 @@ def test_evaluate_writes_a_report(
 ) -> None:
     flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
     output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
+    card = (tmp_path / "report" / "README.md").read_text()
+    assert f"\n{digits.name}, evaluated on the split `train`\n" in card
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
 
@@ -309,11 +311,20 @@ def test_evaluate_writes_a_report(
     assert (metrics["eval_accuracy"], metrics["eval_samples"]) == (right / 24, 24)
     assert metrics["robustness"]["samples"] == 5
 
-    card = (tmp_path / "report" / "README.md").read_text()
     for picture in ("reliability", "robustness", "attention_entropy"):
         assert f"(plots/{picture}.png)" in card and (tmp_path / "report" / "plots" / f"{picture}.png").exists()
     assert "| `p` | 0.2 |" in card
     assert str(tmp_path) not in card and f'"path/to/{classifier.name}"' in card
+
+
+def test_a_report_says_what_it_is_about(
+    classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max_samples", 20, "--output_dir", tmp_path]
+    printed(capsys, "evaluate", classifier, "--data", digits, *flags)
+    card = (tmp_path / "README.md").read_text()
+    assert f"\n{digits.name}, evaluated on the split `train`, 20 samples drawn at random\n" in card
+    assert "Means over queries, heads and layers, on 20 samples.\n" in card
 
 
 def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
