@@ -8,6 +8,7 @@ import torch
 from .base import AttentionCall, attend_if_any_key
 from .configuration import AttentionDropConfig
 from .functional import blur_keys, expand_heads, visible_neighbours
+from .sites import capped_blur
 
 
 def attend_blurred(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -17,11 +18,7 @@ def attend_blurred(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torc
         ValueError: if the model caps its scores.
     """
     if call.extras.get("softcap") is not None:
-        raise ValueError(
-            f"AttentionDrop's blur cannot act on {type(call.module).__name__}, which caps its scores (softcap="
-            f"{call.extras['softcap']}): blurring the keys no longer blurs the scores once tanh stands between "
-            'them. Use variant="hard", or set the softcap of the model config to None.'
-        )
+        raise capped_blur(type(call.module).__name__, call.extras["softcap"])
     neighbours = visible_neighbours(
         call.mask,
         width=drop.width,

@@ -27,7 +27,7 @@ FEW_SCORES = 256 * 256
 # passes over that. It grows with the square of the length, and they do not.
 FLEX_ATTENTION_BEYOND = {"cuda": 512 * 512}
 FLEX_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FLEX_ATTENTION_SIZES = range(16, 257)
+FLEX_ATTENTION_SIZES = range(16, 129)
 HAS_TRITON = find_spec("triton") is not None
 
 

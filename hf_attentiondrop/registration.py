@@ -18,7 +18,7 @@ from .reweighting_configuration import (
     ReweightingConfigEntry,
     reweighting_from_dict,
 )
-from .sites import AttentionSite, attention_modules, check_selection, configs_of, place_sites
+from .sites import AttentionSite, attention_modules, check_selection, configs_of, place_sites, refuse_capped_blur
 from .support import refuse_unsupported_class, refuse_unsupported_modules
 
 
@@ -158,6 +158,7 @@ def _activate(model: PreTrainedModel, methods: Mapping[int, str], parts: list[tu
         refuse_unsupported_modules(model, [module for module, _ in running], asked)
         perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
         check_selection(model, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
+        refuse_capped_blur(model, _sites(perturbed))
         if learned := [module for module, name in running if name in REWEIGHTINGS]:
             attach(model, learned)
     except ValueError:

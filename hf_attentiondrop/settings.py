@@ -10,7 +10,7 @@ from .base import SDPA
 from .configuration import CONFIG_KEY, AttentionDropConfig
 from .kernels import can_be_base, serves_cross_attention
 from .registration import FUNCTIONS
-from .sites import AttentionSite, attention_modules, check_selection, configs_of
+from .sites import AttentionSite, attention_modules, check_selection, configs_of, refuse_capped_blur
 
 
 def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None:
@@ -43,6 +43,7 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
     base.config.attention_drop = drop
     try:
         check_selection(base, CONFIG_KEY, [(site, site.drop) for site in sites])
+        refuse_capped_blur(base, sites)
     except ValueError:
         for config, entry in previous:
             config.attention_drop = entry

@@ -15,9 +15,11 @@ from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
 
 # What model files call cross-attention, and the arguments that hand it the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
-# What model files call the dropout of attention weights, the plainest name last: it may be that of other dropout.
-DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
+# What they call the dropout of attention weights, the plainest name last: it may be that of other dropout.
+DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
+# What they call the cap of their attention scores.
+SOFTCAP_NAME = "attn_logit_softcapping"
 
 
 def _number(dtype: torch.dtype) -> torch.Tensor:
@@ -38,6 +40,7 @@ class AttentionSite:
         num_layers: length of that stack.
         calls: how many of its attention calls were perturbed.
         base: the attention implementation that computes the base attention.
+        softcap: what the module caps its scores by; `None` if it does not.
         strength: the `p` or `sigma_max` that governs the module now.
 
     `calls` and `strength` are tensors, because numbers would be constants to `torch.compile`: it would compile anew
@@ -51,6 +54,7 @@ class AttentionSite:
     num_layers: int
     calls: torch.Tensor = field(default_factory=lambda: _number(torch.int64))
     base: str = "sdpa"
+    softcap: float | None = None
     strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
     _entry: dict | None = None
     _drop: AttentionDropConfig | None = None
@@ -121,6 +125,7 @@ def place_sites(model: PreTrainedModel) -> None:
     for name, module in modules.items():
         previous = getattr(module, "attention_drop_site", None)
         kept = {} if previous is None else {"calls": previous.calls, "base": previous.base}
+        kept["softcap"] = getattr(module, SOFTCAP_NAME, None)
         governing = _governing_config(model, name, module)
         module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], **kept)
 
@@ -157,6 +162,27 @@ def check_selection(
                 f"attention of {type(model).__name__} matches: nothing would happen. Its attentions are "
                 f"{kinds}, its stacks {lengths}."
             )
+
+
+def refuse_capped_blur(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> None:
+    """Refuses to blur modules that cap their scores.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    for site in sites:
+        drop = site.perturbation
+        if site.softcap is not None and drop is not None and drop.variant == "blur":
+            raise capped_blur(type(model).__name__, site.softcap)
+
+
+def capped_blur(name: str, softcap: float) -> ValueError:
+    """The refusal to blur scores that a model or module of this name caps."""
+    return ValueError(
+        f"AttentionDrop's blur cannot act on {name}, which caps its scores (softcap={softcap}): blurring the keys no "
+        'longer blurs the scores once tanh stands between them. Use variant="hard", or set the softcap of the model '
+        "config to None."
+    )
 
 
 def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

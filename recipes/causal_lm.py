@@ -227,7 +227,8 @@ def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> dict[st
 def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Perplexity, the exponential of the mean loss over all tokens that were predicted, and their calibration."""
     calibration = calibration_metrics(ItemScores(**prediction.predictions))
-    return {"perplexity": math.exp(calibration["negative_log_likelihood"]), **calibration}
+    # It is the loss, by another name.
+    return {"perplexity": math.exp(calibration.pop("negative_log_likelihood")), **calibration}
 
 
 def unigram_perplexity(packed: DatasetDict, vocab_size: int) -> float:

@@ -149,12 +149,18 @@ def test_training_without_a_hit_is_eager_training(name: str) -> None:
     inputs = tiny_inputs(name, model)
     expected = _run(build(name, "eager").train(), inputs)
     for drop in IDLE:
-        configure(model, drop)
         if drop.variant == "blur" and name in SOFTCAPPED:
             with pytest.raises(ValueError, match="blur.*softcap"):
-                _run(model, inputs)
+                configure(model, drop)
         else:
+            configure(model, drop)
             assert_close(_run(model, inputs), expected, **TOLERANCE)
+
+
+@_cases(SOFTCAPPED)
+def test_blur_of_capped_scores_is_refused_when_the_model_is_built(name: str) -> None:
+    with pytest.raises(ValueError, match="blur.*softcap"):
+        _trained_with(name, BLUR)
 
 
 @_variants(SUPPORTED)

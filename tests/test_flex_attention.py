@@ -31,7 +31,7 @@ def flex_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ("causal_padding_left", {}, True),
         ("none", {"length": 8}, False),
         ("none", {"size": 8}, False),
-        ("none", {"size": 512}, False),
+        ("none", {"size": 160}, False),
         ("none", {"dtype": torch.float64}, False),
         ("none", {"dropout": 0.1}, False),
         ("none", {"position_bias": torch.zeros(1, 4, 9, 9)}, False),

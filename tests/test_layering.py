@@ -18,7 +18,7 @@ ALLOWED = {
     "sites": {"configuration"},
     "kernels": {"functional"},
     "base": {"functional", "kernels"},
-    "blur": {"base", "configuration", "functional"},
+    "blur": {"base", "configuration", "functional", "sites"},
     "hard": {"base", "configuration", "functional"},
     "attention": {"base", "blur", "configuration", "hard"},
     "reweighting": {"base", "functional", "reweighting_configuration"},

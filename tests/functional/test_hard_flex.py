@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
+
+pytest.importorskip("triton", reason="Triton is there on Linux only")
 from hf_attentiondrop.functional import block_mask, flex_hard_attention, hard_attention, hard_flex
 from hf_attentiondrop.functional.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, top_score_indices
 
@@ -27,8 +29,6 @@ FILLS = ["mask", "zero"]
 NAMES = [
     "none",
     "causal_without_mask",
-    "causal_padding_left",
-    "packed",
     "sliding_window",
     "cross_padding",
     "grouped_queries_causal",
@@ -79,14 +79,13 @@ MASKS: dict[str, Callable[[int, int], torch.Tensor | None]] = {
 @pytest.mark.parametrize(
     ("mask", "size", "dtype", "k"),
     [
-        ("none", 32, torch.float32, 1),
         ("causal", 40, torch.float32, 5),
         ("padding", 64, torch.bfloat16, 8),
         ("window", 72, torch.float16, 5),
         ("scattered", 80, torch.bfloat16, 8),
         ("causal_without_mask", 128, torch.bfloat16, 5),
-        ("scattered", 128, torch.float16, 1),
-        ("none", 16, torch.bfloat16, 3),
+        ("scattered", 32, torch.float16, 1),
+        ("none", 16, torch.float32, 3),
     ],
 )
 def test_the_kernel_finds_what_topk_finds(mask: str, size: int, dtype: torch.dtype, k: int) -> None:
