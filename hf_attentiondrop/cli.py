@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+ATTACKED_SAMPLES = 200
+# What torch's generators take, on every device.
+MAX_SEED = 2**63 - 1
+
+
 class InputError(Exception):
     """Something that the user gave cannot be used; the message says what, and what can."""
 
@@ -107,17 +112,17 @@ def declare_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--split", help="by default test, or else validation, or else train")
     parser.add_argument("--config", help="configuration of a data set on the Hub")
-    parser.add_argument("--image_column", default="image", help="column of images (default: image)")
-    parser.add_argument("--text_column", default="text", help="column of texts (default: text)")
+    parser.add_argument("--image_column", help="column of images (default: image)")
+    parser.add_argument("--text_column", help="column of texts (default: text)")
     parser.add_argument("--text_pair_column", help="column of the second texts, where pairs are classified")
     parser.add_argument("--label_column", default="label", help="column of classes (default: label)")
     parser.add_argument("--max_samples", type=_positive, help="evaluate on so many samples, drawn at random")
     parser.add_argument("--batch_size", type=_positive, default=32, help="samples per batch (default: 32)")
     parser.add_argument("--evaluate_robustness", action="store_true", help="attack the model by FGSM and PGD")
     parser.add_argument(
-        "--robustness_samples", type=_positive, default=200, help="how many samples to attack (default: 200)"
+        "--robustness_samples", type=_positive, help=f"how many samples to attack (default: {ATTACKED_SAMPLES})"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples and the attacks (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the samples and the attacks (default: 0)")
     parser.add_argument("--device", help="such as cuda:0; by default the accelerator, if there is one")
     parser.add_argument(
         "--output_dir", required=True, help="folder for the report; it must be empty, or not be there yet"
@@ -139,9 +144,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # What it logs as an error, it raises as well.
     names = ("split", "config", "image_column", "text_column", "text_pair_column", "label_column", "max_samples")
     options = {name: getattr(arguments, name) for name in (*names, "batch_size", "seed", "device")}
-    attacked = arguments.robustness_samples if arguments.evaluate_robustness else 0
+    if arguments.robustness_samples is not None and not arguments.evaluate_robustness:
+        raise InputError(
+            f"--robustness_samples: nothing is attacked without --evaluate_robustness, so "
+            f"{arguments.robustness_samples} would be ignored. Add that flag, or leave this one out."
+        )
+    attacked = (arguments.robustness_samples or ATTACKED_SAMPLES) if arguments.evaluate_robustness else 0
     try:
         evaluation = evaluate_checkpoint(
             arguments.model, arguments.data, arguments.output_dir, attacked_samples=attacked, **options
@@ -158,6 +169,12 @@ COMMANDS = (declare_check, declare_evaluate)
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}.")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {MAX_SEED}, got {text!r}.")
     return int(text)
 
 

@@ -13,7 +13,7 @@ from .evaluation.checkpoint import load_classifier
 from .evaluation.classes import class_numbers
 from .evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
 from .evaluation.labelled_data import labelled_batches, load_labelled
-from .evaluation.perturbation_space import Normalization
+from .evaluation.perturbation_space import Normalization, check_attackable
 from .hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
 
 
@@ -24,8 +24,8 @@ def evaluate_checkpoint(
     *,
     split: str | None = None,
     config: str | None = None,
-    image_column: str = "image",
-    text_column: str = "text",
+    image_column: str | None = None,
+    text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str = "label",
     max_samples: int | None = None,
@@ -40,7 +40,8 @@ def evaluate_checkpoint(
         model_name: a folder, or a model on the Hub.
         data_name: see [`~evaluation.labelled_data.load_labelled`], as for `split` and `config`.
         output_dir: folder for the report, empty or not there yet; nothing is written before all was measured.
-        image_column, text_column, text_pair_column, label_column: where the data has what.
+        image_column, text_column, text_pair_column, label_column: where the data has what; by default images in
+            `"image"`, texts in `"text"`, and no second texts.
         max_samples: evaluate on so many samples, drawn at random.
         batch_size: samples per batch.
         attacked_samples: see [`~evaluation.classifier.evaluate_classifier`].
@@ -50,16 +51,17 @@ def evaluate_checkpoint(
     Raises:
         ValueError: for an output folder that is not empty or cannot be written, a device that is not there, and a
             model or data that do not fit.
-        OSError: for a model without weights.
     """
+    if not output_dir:
+        raise ValueError("--output_dir: expected a folder for the report, got nothing. Name one.")
     folder = Path(output_dir)
     _check_output_dir(folder)
     place = _find_device(device)
     model, processor = load_classifier(model_name)
+    if attacked_samples:
+        check_attackable(model)
     is_text = isinstance(processor, PreTrainedTokenizerBase)
-    texts = {"--text_column": text_column, "--text_pair_column": text_pair_column}
-    columns = texts if is_text else {"--image_column": image_column}
-    columns = {flag: column for flag, column in columns.items() if column is not None}
+    columns = _columns(is_text, image_column, text_column, text_pair_column)
     dataset = load_labelled(data_name, split, config)
     labels = class_numbers(dataset, label_column, model.config)
     # Files come sorted by class, and attacks and attention are measured on the first samples.
@@ -75,9 +77,8 @@ def evaluate_checkpoint(
     own = ("accuracy", "samples")
     metrics = {f"eval_{name}" if name in own else name: value for name, value in evaluation.metrics.items()}
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    is_local = Path(data_name).exists()
-    # Of a path only the name: the rest is about this machine.
-    data = Data(Path(data_name).resolve().name) if is_local else Data(None, data_name, config, split)
+    drawn = len(order) if len(order) < len(dataset) else None
+    data = _describe_data(data_name, config, str(dataset.split), drawn)
     name = Path(model_name).resolve().name if Path(model_name).exists() else model_name.split("/")[-1]
     content = describe_model(model, folder, metrics, name=name, processor=processor, data=data)
     # The card lies beside its pictures, not beside the weights.
@@ -100,18 +101,38 @@ def summary(evaluation: ClassifierEvaluation, output_dir: str) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+def _columns(is_text: bool, image: str | None, text: str | None, text_pair: str | None) -> dict[str, str]:
+    """The columns that the model reads, each by its flag."""
+    images, texts = {"--image_column": image}, {"--text_column": text, "--text_pair_column": text_pair}
+    kind, read, ignored = ("texts", texts, images) if is_text else ("images", images, texts)
+    for flag, column in ignored.items():
+        if column is not None:
+            raise ValueError(f"{flag}: the model classifies {kind}, and would ignore {column!r}. Leave it out.")
+    first = next(iter(read))
+    given = {flag: column for flag, column in read.items() if column is not None}
+    return {first: kind.removesuffix("s"), **given}
+
+
+def _describe_data(name: str, config: str | None, split: str, drawn: int | None) -> Data:
+    path = Path(name)
+    if not path.exists():
+        return Data(repo_id=name, config=config, split=split, drawn=drawn)
+    # Of a path only the name: the rest is about this machine. The split of a single file is but a word for all of it.
+    return Data(path.resolve().name, split=split if path.is_dir() else None, drawn=drawn)
+
+
 def _check_output_dir(folder: Path) -> None:
     """Refuses a folder that could not take the report, before minutes of work, and leaves nothing behind."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {str(folder)!r}.")
-    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {str(folder)!r}.")
+        parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         with TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
         raise ValueError(
             f"--output_dir: expected a folder that the report can be written to, got {str(folder)!r}, and nothing can "
-            f"be made in {str(parent)!r}: {error}. Name another one."
+            f"be made there: {error}. Name another one."
         ) from error
 
 

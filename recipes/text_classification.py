@@ -48,6 +48,7 @@ from transformers import (
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
+from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 
 
 @dataclass
@@ -203,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenized = tokenize(data, tokenizer, data_args)
         class_names = data["train"].features[data_args.label_column].names
         model = load_model(model_args, attention, class_names, tokenizer)
+        if evaluation_args.evaluate_robustness:
+            check_attackable(model)
         accept_saved_weights(model)
         trainer = AttentionDropTrainer(
             model=model,

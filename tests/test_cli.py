@@ -11,6 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
@@ -203,6 +205,14 @@ def test_the_configuration_can_be_given(folder: Path, capsys: pytest.CaptureFixt
         ),
         (["check", "x", "--attention_drop", '{"varient": 1}'], "Did you mean 'variant'? The keys are variant, p, k"),
         (["check", "x", "--attention_drop", '{"p": 2}'], "`p` must be a probability in [0, 1], got 2"),
+        (
+            ["evaluate", "x", "--data", "y", "--seed", "-1"],
+            "expected an integer from 0 to 9223372036854775807, got '-1",
+        ),
+        (
+            ["evaluate", "x", "--data", "y", "--seed", str(2**63)],
+            "from 0 to 9223372036854775807, got '92233720368547758",
+        ),
         (["check", "x", "--attention_drop", "[1]"], "`attention_drop` must be an AttentionDropConfig or a dict"),
     ],
 )
@@ -287,6 +297,8 @@ def test_evaluate_writes_a_report(
 ) -> None:
     flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
     output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
+    card = (tmp_path / "report" / "README.md").read_text()
+    assert f"\n{digits.name}, evaluated on the split `train`\n" in card
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
 
@@ -299,11 +311,20 @@ def test_evaluate_writes_a_report(
     assert (metrics["eval_accuracy"], metrics["eval_samples"]) == (right / 24, 24)
     assert metrics["robustness"]["samples"] == 5
 
-    card = (tmp_path / "report" / "README.md").read_text()
     for picture in ("reliability", "robustness", "attention_entropy"):
         assert f"(plots/{picture}.png)" in card and (tmp_path / "report" / "plots" / f"{picture}.png").exists()
     assert "| `p` | 0.2 |" in card
     assert str(tmp_path) not in card and f'"path/to/{classifier.name}"' in card
+
+
+def test_a_report_says_what_it_is_about(
+    classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max_samples", 20, "--output_dir", tmp_path]
+    printed(capsys, "evaluate", classifier, "--data", digits, *flags)
+    card = (tmp_path / "README.md").read_text()
+    assert f"\n{digits.name}, evaluated on the split `train`, 20 samples drawn at random\n" in card
+    assert "Means over queries, heads and layers, on 20 samples.\n" in card
 
 
 def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,12 +350,18 @@ def test_evaluate_takes_pairs_of_texts(tmp_path: Path, capsys: pytest.CaptureFix
 
     for contents, message in (
         ("first,class\n,1\na,0\n", "--text_column: row 0 of 'first', counted from 0: expected a text, got None"),
-        ("", "pairs.csv"),
+        (
+            "first,class\nNone,1\na,\n",
+            "--label_column: 'class' has samples without a label, as test splits often do, ",
+        ),
+        ("", "pairs.csv' cannot be loaded: it has no rows"),
     ):
         (tmp_path / "pairs.csv").write_text(contents)
         arguments = ["--data", tmp_path / "pairs.csv", "--output_dir", tmp_path / "none", *flags[:2], *flags[4:]]
         code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments)
         assert code == 2 and message in line and not (tmp_path / "none").exists()
+    code, line = failure(capsys, "evaluate", tmp_path / "model", *arguments, "--image_column", "picture")
+    assert code == 2 and "--image_column: the model classifies texts, and would ignore 'picture'." in line
 
 
 def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +374,24 @@ def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest
     data = ["--data", tmp_path / "texts.csv", "--output_dir", tmp_path / "report", "--max_samples", 3]
     output = printed(capsys, "evaluate", tmp_path / "model", *data, "--evaluate_robustness")
     assert "samples            3\n" in output and "under PGD-20" in output
+
+
+def test_evaluate_does_not_attack_what_has_to_see_the_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = BartConfig(**layers, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=60)
+    BartForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    texts = ["a red house", "an old tree"]
+    BertTokenizer(eos_token="[SEP]").train_new_from_iterator(texts, 60, show_progress=False).save_pretrained(
+        tmp_path / "model"
+    )
+    capsys.readouterr()  # the progress bar of that
+    arguments = [tmp_path / "model", "--data", tmp_path / "none.csv", "--output_dir", tmp_path / "report"]
+    code, line = failure(capsys, "evaluate", *arguments, "--evaluate_robustness")
+    assert code == 2 and "--evaluate_robustness: expected a classifier that takes embeddings" in line
+    assert "--data" in failure(capsys, "evaluate", *arguments)[1]
+    assert not (tmp_path / "report").exists()
 
 
 def test_evaluate_refuses_bad_input(
@@ -374,7 +419,14 @@ def test_evaluate_refuses_bad_input(
         (["nobody/nothing", *good, *report], "MODEL: expected a folder with a saved classifier, or a classifier on"),
         ([classifier / "config.json", *good, *report], "Name the folder that it lies in"),
         ([classifier, "--data", tmp_path / "data.xlsx", *report], "--data: expected a file of one of csv"),
-        ([classifier, "--data", tmp_path / "none", *report], "cannot be loaded"),
+        ([classifier, "--data", tmp_path / "none", *report], "--data: there is no such file or folder here, and as a"),
+        ([classifier, "--data", "", *report], "--data: expected a folder, a file, or a data set on the Hub, got noth"),
+        ([classifier, *good, *report, "--config", "small"], "'small' would be ignored"),
+        ([classifier, *good, *report, "--text_column", "text"], "--text_column: the model classifies images, and wou"),
+        ([classifier, *good, *report, "--text_pair_column", "b"], "--text_pair_column: the model classifies images"),
+        ([classifier, *good, *report, "--robustness_samples", 9], "nothing is attacked without --evaluate_robustness"),
+        ([classifier, *good, "--output_dir", ""], "--output_dir: expected a folder for the report, got nothing"),
+        ([classifier, *good, "--output_dir", tmp_path / ("a" * 300)], "nothing can be made there: [Errno 36] File na"),
         ([classifier, *good, *report, "--split", "test"], "has no split 'test'; it has train"),
         ([classifier, *good, *report, "--label_column", "class"], "has no column 'class'; its columns are image"),
         ([classifier, *good, *report, "--image_column", "picture"], "has no column 'picture'"),

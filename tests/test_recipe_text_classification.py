@@ -14,7 +14,14 @@ import torch
 import yaml
 from datasets import Dataset
 from sklearn.metrics import f1_score
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from .recipe_runs import RECIPES, launch, load, refusal, run
 
@@ -238,3 +245,17 @@ def test_text_longer_than_the_model_takes_is_refused(
     recipe.main([*QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])
     flags = ["--model_name_or_path", tmp_path / "model", "--max_length", "65", "--output_dir", tmp_path / "out"]
     assert "--max_length: the model takes 64 tokens, got 65" in refusal(recipe, capfd, *flags)
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_before_it_is_trained(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = recipe.train_encoder_tokenizer([row["note"] for row in rows()], 300, 32)
+    config = T5Config(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, vocab_size=len(tokenizer))
+    for saved in (T5ForSequenceClassification(config), tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    file = write(tmp_path / "train.csv", rows())
+    flags = ["--model_name_or_path", tmp_path / "model", "--train_file", file, *COLUMNS, "--max_length", "32"]
+    line = refusal(recipe, capfd, *flags, "--evaluate_robustness", "--output_dir", tmp_path / "out")
+    assert "--evaluate_robustness: expected a classifier that takes embeddings in the place of tokens, got T5" in line
+    assert not (tmp_path / "out").exists()

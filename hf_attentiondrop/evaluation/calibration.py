@@ -214,6 +214,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # sigmoid(4 / T) is 3 / 4
     3.641
     """
+    temperature = likeliest_temperature(logits, labels)
+    if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
+        logger.warning(
+            f"The likelihood of these items has no minimum at temperatures between {MIN_TEMPERATURE} and "
+            f"{MAX_TEMPERATURE}, so {temperature} stands for it: either all predictions are right, or they are no "
+            "better than chance. Do not use it as a temperature; fit it on more, or harder, validation items."
+        )
+    return temperature
+
+
+def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
+    """[`fit_temperature`] without its warning, for those who look whether it is a bound."""
     logits, labels = select_items(logits, labels)
     check_not_empty(len(labels))
     logits, labels = logits.cpu().double(), labels.cpu()
@@ -231,13 +243,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     is_separable = slope_and_curvature(high)[0] <= 0
     if is_separable or slope_and_curvature(low)[0] >= 0:
-        bound = MIN_TEMPERATURE if is_separable else MAX_TEMPERATURE
-        logger.warning(
-            f"The likelihood of {len(labels)} items has no minimum at temperatures between {MIN_TEMPERATURE} and "
-            f"{MAX_TEMPERATURE}, so {bound} stands for it: either all predictions are right, or they are no better "
-            "than chance. Do not use it as a temperature; fit it on more, or harder, validation items."
-        )
-        return bound
+        return MIN_TEMPERATURE if is_separable else MAX_TEMPERATURE
     inverse = 1.0
     for _ in range(MAX_STEPS):
         slope, curvature = slope_and_curvature(inverse)

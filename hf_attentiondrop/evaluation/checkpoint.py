@@ -1,7 +1,8 @@
 """A saved classifier, with the tokenizer or image processor that it was trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -21,6 +22,10 @@ AUTO_CLASSES = {
     "ForSequenceClassification": (AutoModelForSequenceClassification, AutoTokenizer),
 }
 Processor = BaseImageProcessor | PreTrainedTokenizerBase
+# What torch.compile and DistributedDataParallel put before the name of a weight.
+WRAPPERS = ("_orig_mod.", "module.")
+# Of the weights in a message.
+SHOWN_WEIGHTS = 3
 
 
 def load_config(name: str, expected: str) -> PreTrainedConfig:
@@ -57,8 +62,7 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, Processor]:
 
     Raises:
         ValueError: if there is none, for a checkpoint that is no such classifier, and for a tokenizer or an image
-            processor that is missing or another model's.
-        OSError: if it has no weights.
+            processor that is missing or another model's, and for weights that cannot be read, or are not all there.
     """
     config = _load_classifier_config(name)
     architecture = next(iter(config.architectures or []), "")
@@ -77,7 +81,7 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, Processor]:
         _check_channels(processor, config)
     is_dropping = config.attention_drop is not None and config.attention_reweighting is None
     options = {"attn_implementation": "attentiondrop"} if is_dropping else {}
-    model = model_class.from_pretrained(name, **options)
+    model = _load_weights(name, model_class, **options)
     if isinstance(processor, PreTrainedTokenizerBase):
         processor.model_max_length = min(processor.model_max_length, longest_text(model))
     return model, processor
@@ -125,6 +129,53 @@ def _load_processor(name: str, processor_class: type) -> Processor:
             f"MODEL: expected the model's own {kind} in {name!r}, and it cannot be loaded: "
             f"{str(error).rstrip('.')}. Save it there: {kind}.save_pretrained."
         ) from error
+
+
+def _load_weights(name: str, model_class: Any, **options: Any) -> PreTrainedModel:
+    try:
+        model, loaded = model_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except ValueError:  # The config asks for what its model does not have.
+        raise
+    except Exception as error:  # Every format has its own way to fail on a file.
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"MODEL: expected the model's weights in {name!r}, and they cannot be read: {type(error).__name__}"
+            f"{f', {reason}' if reason else ''}. Copy or save them again, whole; of a file that Git LFS keeps, a "
+            "checkout without it holds but a few lines: fetch it by `git lfs pull`."
+        ) from error
+    _check_weights(name, loaded)
+    return model
+
+
+def _check_weights(name: str, loaded: Mapping[str, Any]) -> None:
+    """Refuses weights that Transformers replaced by random ones, of which it only warns."""
+    if missing := sorted(loaded["missing_keys"]):
+        prefixes = [prefix for prefix in WRAPPERS if any(prefix in key for key in loaded["unexpected_keys"])]
+        remedy = "Measure a checkpoint that holds them all: a base model has no head before it is fine-tuned."
+        if prefixes:
+            remedy = (
+                f"What is there has names with {' and '.join(map(repr, prefixes))} in front, as torch.compile and "
+                "DistributedDataParallel write them: save the model inside, accelerator.unwrap_model(model)."
+            )
+        raise ValueError(
+            f"MODEL: expected all weights of the model in {name!r}, {len(missing)} of them are not there, "
+            f"{_first(missing)}: random numbers would stand for them, and be measured. {remedy}"
+        )
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        shapes = (f"{key} {tuple(got)} where the config makes it {tuple(made)}" for key, got, made in mismatched)
+        raise ValueError(
+            f"MODEL: expected weights of the shapes that the config of {name!r} says, got {_first(shapes)}: random "
+            "numbers would stand for them, and be measured. Put the config.json beside them that they were saved "
+            "with; where the classes differ, its id2label."
+        )
+
+
+def _first(items: Iterable[str]) -> str:
+    """The first of some items, in words."""
+    items = list(items)
+    return ", ".join(items[:SHOWN_WEIGHTS]) + (", …" if len(items) > SHOWN_WEIGHTS else "")
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,20 +29,28 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
     known = _known_classes(labels, column, names, config)
     named = [str(label) if names is None else names[label] for label in labels]
     if unknown := sorted(set(named) - known.keys()):
+        remedy = "Evaluate it on data of its own classes."
+        if not _has_names(config) and isinstance(labels[0], str):
+            remedy = (
+                "Those are no names, and names in a column have no order that would tell which is which. Give its "
+                "config the names, as id2label."
+            )
         raise ValueError(
             f"--label_column: {column!r} has classes that the model does not know, {_some(unknown)}; it knows "
-            f"{_some(known)}. Evaluate it on data of its own classes."
+            f"{_some(known)}. {remedy}"
         )
     return [known[name] for name in named]
 
 
 def _check_labels(labels: Sequence[Any], column: str, names: Sequence[str] | None) -> None:
+    # First of all, since whole numbers of which one is missing may come as broken ones.
     for row, label in enumerate(labels):
-        if label is None or (names is not None and not 0 <= label < len(names)):
+        if label is None or label != label or (names is not None and not 0 <= label < len(names)):
             raise ValueError(
                 f"--label_column: {column!r} has samples without a label, as test splits often do, the first in row "
                 f"{row}, counted from 0: nothing can be measured on them. Take another split, or remove them."
             )
+    for row, label in enumerate(labels):
         if isinstance(label, bool) or not isinstance(label, int | str):
             raise ValueError(
                 f"--label_column: expected names or whole numbers of classes in {column!r}, got {label!r} in row "
@@ -55,12 +63,11 @@ def _known_classes(
 ) -> dict[str, int]:
     """The model's number of each class that the data may name."""
     known = {str(name): number for number, name in config.id2label.items()}
-    has_names = not all(name.startswith("LABEL_") for name in known)
     if names is None:
         # Where numbers are names, one that is unknown is a class that the model does not have, and no position.
         is_position = all(isinstance(label, int) for label in labels) and not any(map(_is_number, known))
         return {str(number): number for number in range(config.num_labels)} if is_position else known
-    if has_names or known.keys() >= set(names):
+    if _has_names(config) or known.keys() >= set(names):
         return known
     if len(names) != config.num_labels:
         raise ValueError(
@@ -69,6 +76,11 @@ def _known_classes(
             "Give its config the names, as id2label."
         )
     return {name: number for number, name in enumerate(names)}
+
+
+def _has_names(config: PreTrainedConfig) -> bool:
+    """Whether the model's classes have names other than those that Transformers makes up."""
+    return not all(str(name).startswith("LABEL_") for name in config.id2label.values())
 
 
 def _is_number(name: str) -> bool:

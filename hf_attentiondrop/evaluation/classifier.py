@@ -4,7 +4,6 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,20 @@ from .calibration import (
     ReliabilityBins,
     calibration_metrics,
     fit_temperature,
+    likeliest_temperature,
     reliability,
 )
 from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
-from .running import check_batches, mode, random_state_kept, to_device_of
+from .running import check_batches, first_samples, mode, random_state_kept, to_device_of
 
 
 logger = logging.getLogger(__name__)
 
 PLOTS_FOLDER = "plots"
 # Attention weights are large, and their means settle soon.
-ATTENTION_BATCHES = 4
+ATTENTION_SAMPLES = 128
 PIXEL_EPSILON = 8 / 255
 # Shares of the largest perturbation.
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
@@ -70,6 +70,8 @@ def evaluate_classifier(
     between them, so that no sample is measured at a temperature that it helped to find. The reported temperature is
     that of all samples. Both are left out where a half of the samples has no best temperature.
 
+    Attention is measured on the first 128 samples, whatever the size of a batch.
+
     Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: of images up to 8/255 of the
     pixel range, of texts up to a tenth of the standard deviation of the embeddings.
 
@@ -96,13 +98,15 @@ def evaluate_classifier(
     if scaled is not None:
         calibration["temperature"] = fit_temperature(logits, labels)
         calibration["after_temperature"] = calibration_metrics(scaled, labels)
+    else:
+        logger.info("Temperature scaling is left out: a half of the samples has no best temperature.")
     metrics = {**scores, "calibration": calibration}
     curves, attention = {}, {}
     if attacked_samples > 0:
         curves, metrics["robustness"] = _attacked(model, batches, attacked_samples, normalization, seed)
     try:
-        attention = attention_statistics(model, islice(batches, ATTENTION_BATCHES))
-        metrics["attention"] = {stack: measured.means() for stack, measured in attention.items()}
+        attention = attention_statistics(model, first_samples(batches, ATTENTION_SAMPLES))
+        metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
     except ValueError as error:
         logger.warning(f"Attention was not measured: {error}")
     return ClassifierEvaluation(metrics, reliability(logits, labels), curves, attention)
@@ -139,7 +143,7 @@ def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor | None:
     # Where nothing is wrong no temperature is cold enough.
     if not (is_wrong[::2].any() and is_wrong[1::2].any()):
         return None
-    of_even, of_odd = (fit_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
+    of_even, of_odd = (likeliest_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
     if not all(MIN_TEMPERATURE < temperature < MAX_TEMPERATURE for temperature in (of_even, of_odd)):
         return None
     scaled = logits.clone()
@@ -211,7 +215,7 @@ def _attacked(
         with random_state_kept(model):
             torch.manual_seed(seed)
             epsilons = [share * epsilon for share in STRENGTHS]
-            attacked = _attackable(model, _first(batches, samples))
+            attacked = _attackable(model, first_samples(batches, samples))
             curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]
     rows = [{"name": "none", "epsilon": 0.0, "accuracy": clean.accuracy}]
@@ -221,14 +225,6 @@ def _attacked(
         for result in curve[1:]
     ]
     return curves, {"norm": "linf", "space": space, "samples": clean.total, "attacks": rows}
-
-
-def _first(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        yield {name: value[:samples] if isinstance(value, Tensor) else value for name, value in batch.items()}
-        samples -= len(batch["labels"])
-        if samples <= 0:
-            return
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -41,6 +41,7 @@ class AttentionStatistics:
             under affine scaling.
         top_k: how many weights `top_k_mass` counts.
         queries: how many queries the means of the first layer are over.
+        samples: how many samples those are of.
     """
 
     entropy: Tensor
@@ -49,10 +50,15 @@ class AttentionStatistics:
     total_mass: Tensor
     top_k: int
     queries: int
+    samples: int
 
     def means(self) -> dict[str, float]:
         """Every statistic as its mean over layers and heads."""
         return {name: getattr(self, name).nanmean().item() for name in MEASURES}
+
+    def figures(self) -> dict[str, float]:
+        """The means, with the number of samples as `samples`."""
+        return {**self.means(), "samples": self.samples}
 
 
 MEASURES = ("entropy", "first_token_mass", "top_k_mass", "total_mass")
@@ -132,10 +138,12 @@ def attention_statistics(
     check_batches(batches)
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, Tensor] = {}
+    samples = 0
     with _showing_weights(model), torch.no_grad():
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if "labels" not in name}
             outputs = model(**to_device_of(model, inputs), output_attentions=True)
+            samples += len(next(value for value in inputs.values() if isinstance(value, Tensor)))
             for name, layers in _attentions_of(model, outputs).items():
                 measured = [_measure(name, weights, batch, top_k) for weights in layers]
                 count = torch.tensor([count for _, count in measured])
@@ -149,7 +157,8 @@ def attention_statistics(
         means = [total / count for total, count in zip(layers, counts[name], strict=True)]
         # Layers of one stack may differ in their numbers of heads.
         measures = pad_sequence([mean.mT for mean in means], batch_first=True, padding_value=math.nan)
-        statistics[name] = AttentionStatistics(*measures.unbind(-1), top_k=top_k, queries=int(counts[name][0]))
+        queries = int(counts[name][0])
+        statistics[name] = AttentionStatistics(*measures.unbind(-1), top_k=top_k, queries=queries, samples=samples)
     return statistics
 
 

@@ -26,12 +26,21 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
         split: which split; by default the first there is of test, validation and train.
         config: configuration of a data set on the Hub.
 
+    In csv and tsv files only an empty cell is a missing value; words such as `None` are texts.
+
     Raises:
-        ValueError: if there is no such data, or no such split in it.
+        ValueError: if there is no such data, no such split in it, no row, or a `config` of local data.
     """
     from datasets import load_dataset
 
+    if not name:
+        raise ValueError("--data: expected a folder, a file, or a data set on the Hub, got nothing. Name one.")
     path = Path(name)
+    if config is not None and path.exists():
+        raise ValueError(
+            f"--config: only a data set on the Hub has configurations, and {name!r} lies here: {config!r} would be "
+            "ignored. Leave it out."
+        )
     if path.is_dir():
         arguments, options = ("imagefolder",), {"data_dir": name, "drop_labels": False}
     elif path.is_file():
@@ -39,17 +48,38 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
         if suffix not in READERS:
             raise ValueError(f"--data: expected a file of one of {', '.join(READERS)}, got {name!r}.")
         arguments, options = (READERS[suffix],), {"data_files": name}
-        options |= {"sep": "\t"} if suffix == "tsv" else {}
+        if READERS[suffix] == "csv":
+            options |= {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffix == "tsv" else ","}
     else:
         arguments, options = (name, config), {}
     try:
+        if arguments == ("json",):
+            _check_encoding(path)
         splits = load_dataset(*arguments, **options)
     except Exception as error:  # Every reader has its own way to fail on a file.
-        raise ValueError(f"--data: {name!r} cannot be loaded: {error.__cause__ or error}") from error
+        missing = "" if path.exists() else "there is no such file or folder here, and as a data set on the Hub "
+        raise ValueError(f"--data: {missing}{name!r} cannot be loaded: {_reason(error)}") from error
     chosen = split or next((known for known in SPLITS if known in splits), next(iter(splits)))
     if chosen not in splits:
         raise ValueError(f"--split: {name!r} has no split {chosen!r}; it has {', '.join(splits)}.")
     return splits[chosen]
+
+
+def _check_encoding(path: Path) -> None:
+    """Decodes a file, as its reader does only when a text is looked at."""
+    with path.open(encoding="utf-8") as lines:
+        for _ in lines:
+            pass
+
+
+def _reason(error: Exception) -> str:
+    """Why data could not be loaded, and what to do where that is known."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return f"it is not in UTF-8: {cause}. Save it as UTF-8."
+    if type(cause).__name__ in ("StopIteration", "EmptyDataError") or "corresponds to no data" in str(cause):
+        return "it has no rows. Name data with a sample in every row."
+    return str(cause) or type(cause).__name__
 
 
 def check_column(flag: str, column: str, dataset: Any) -> None:

@@ -1,5 +1,6 @@
 """Where a perturbation lives, and how the model is given it: the pixels of images, the embeddings of texts."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,26 @@ class Space(NamedTuple):
     clip: Callable[[Tensor], Tensor]
     clean: dict[str, Any]
     inputs: Callable[[Tensor], dict[str, Any]]
+
+
+def check_attackable(model: nn.Module) -> None:
+    """Refuses a model that takes neither pixels nor embeddings in the place of tokens, before anything is measured.
+
+    A classifier with encoder and decoder shifts the tokens themselves for its decoder, and finds its last one by them.
+
+    Raises:
+        ValueError: naming the flag to leave out.
+        TypeError: if there is no Transformers model in `model`.
+    """
+    base = transformers_model(model)
+    parameters = inspect.signature(base.forward).parameters
+    takes_embeddings = "inputs_embeds" in parameters and not base.config.is_encoder_decoder
+    if "pixel_values" not in parameters and not takes_embeddings:
+        raise ValueError(
+            f"--evaluate_robustness: expected a classifier that takes embeddings in the place of tokens, got "
+            f"{type(base).__name__}, which has to see the tokens: texts are attacked in their embeddings, so nothing "
+            "could be attacked. Leave the flag out."
+        )
 
 
 def pixel_space(model: nn.Module, inputs: dict[str, Any], normalization: Normalization | None) -> Space:

@@ -160,6 +160,8 @@ def robust_accuracy_curve(
     )
     strongest = unit * max(max(curve) for curve in accuracies.values()) or 1.0
     axes.set_xlim(-0.03 * strongest, 1.03 * strongest)
+    # Embeddings are small, and so is ε: its power of ten stands beside the axis.
+    axes.ticklabel_format(axis="x", scilimits=(-2, 4))
     axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, with 95 % intervals")
     _legend_below(figure, axes)
@@ -243,9 +245,10 @@ def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Tr
         ValueError: where no finite loss was logged.
     """
     losses = {
-        "loss": ("training loss", GREY, "."),
-        "task_loss": ("task loss", BLUE, "o"),
-        "eval_loss": ("evaluation loss", ORANGE, "D"),
+        # Drawn first and wider, so that it is seen where the consistency term adds next to nothing to the task loss.
+        "loss": ("training loss", GREY, ".", 5.0),
+        "task_loss": ("task loss", BLUE, "o", 1.5),
+        "eval_loss": ("evaluation loss", ORANGE, "D", 1.5),
     }
     series = {name: _series(log_history, name) for name in (*losses, "consistency_loss")}
     if not any(series[name][0] for name in losses):
@@ -256,9 +259,11 @@ def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Tr
     has_term = bool(series["consistency_loss"][0])
     figure = _figure(5.0 if has_term else 3.6)
     panels = figure.subplots(1 + has_term, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_term])[:, 0]
-    for name, (label, color, marker) in losses.items():
+    for name, (label, color, marker, width) in losses.items():
         if series[name][0]:
-            panels[0].plot(*series[name], color=color, marker=marker, markersize=4, label=label)
+            panels[0].plot(
+                *series[name], color=color, marker=marker, markersize=2.5 + width, label=label, linewidth=width
+            )
     panels[0].set_ylabel("loss (nats)")
     figure.suptitle(title)
     _legend_below(figure, panels[0])

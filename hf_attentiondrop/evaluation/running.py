@@ -52,6 +52,15 @@ def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: moved(name, value) for name, value in batch.items()}
 
 
+def first_samples(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
+    """The first samples of batches with `labels`, as many whatever the size of a batch: the last one is cut."""
+    for batch in batches:
+        yield {name: value[:samples] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        samples -= len(batch["labels"])
+        if samples <= 0:
+            return
+
+
 def check_batches(batches: Any, *, many_times: bool = False) -> None:
     """Refuses what is no sequence of batches.
 

@@ -42,6 +42,7 @@ def build_card(content: CardContent) -> ModelCard:
     False
     """
     robustness = content.metrics.get("robustness") or {}
+    attention = content.metrics.get("attention") or {}
     return ModelCard.from_template(
         _metadata(content),
         template_path=str(TEMPLATE),
@@ -59,6 +60,7 @@ def build_card(content: CardContent) -> ModelCard:
         attention=attention_table(content.metrics),
         norm={"linf": "L∞", "l2": "L2"}.get(robustness.get("norm"), robustness.get("norm")),
         attacked=robustness.get("samples"),
+        attended=max((means.get("samples", 0) for means in attention.values()), default=0),
         space=robustness.get("space"),
         plots=[(Path(plot).stem.replace("_", " ").capitalize(), plot) for plot in content.plots],
         training=_table(("Argument", "Value"), content.training),
@@ -167,11 +169,13 @@ def _benchmark_entry(content: CardContent) -> EvalResultEntry | None:
 
 
 def _describe_data(data: Data) -> str:
-    if not data.repo_id:
-        return _cell(data.name) if data.name else ""
-    name = f"[{_cell(data.name or data.repo_id)}](https://huggingface.co/datasets/{data.repo_id})"
+    if not (data.repo_id or data.name):
+        return ""
+    name = _cell(data.name or data.repo_id)
+    name = f"[{name}](https://huggingface.co/datasets/{data.repo_id})" if data.repo_id else name
     details = {"configuration": data.config, "evaluated on the split": data.split}
-    return ", ".join([name, *(f"{title} `{value}`" for title, value in details.items() if value)])
+    described = [name, *(f"{title} `{value}`" for title, value in details.items() if value)]
+    return ", ".join([*described, f"{data.drawn} samples drawn at random"] if data.drawn else described)
 
 
 def _table(header: tuple[str, str], values: Mapping[str, Any], quote: bool = False) -> Table:

@@ -111,6 +111,7 @@ def attention_table(metrics: Mapping[str, Any]) -> Table:
     """The statistics of the attention weights, one row per stack and kind of attention."""
     stacks = metrics.get("attention") or {}
     names = list(dict.fromkeys(name for means in stacks.values() for name, value in means.items() if is_figure(value)))
+    names = [name for name in names if name not in NOT_METRICS]
     rows = [(title_of(stack), *(number(means.get(name)) for name in names)) for stack, means in stacks.items()]
     return [("Attention", *map(title_of, names)), *rows] if names else []
 

@@ -1,15 +1,15 @@
 """What a recipe measures of the trained model beside the Trainer's own evaluation."""
 
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hf_attentiondrop.evaluation.classifier import ATTENTION_BATCHES, ClassifierEvaluation, evaluate_classifier
+from hf_attentiondrop.evaluation.classifier import ATTENTION_SAMPLES, ClassifierEvaluation, evaluate_classifier
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attention_statistics
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
+from hf_attentiondrop.evaluation.running import first_samples
 
 
 @dataclass
@@ -48,7 +48,7 @@ def measure_classifier(
 
 def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:
     """Measures how the trained model attends, on some of the held-out data."""
-    return attention_statistics(trainer.model, islice(held_out_batches(trainer), ATTENTION_BATCHES))
+    return attention_statistics(trainer.model, first_samples(held_out_batches(trainer), ATTENTION_SAMPLES))
 
 
 def held_out_batches(trainer: Trainer) -> DataLoader[Any]:

@@ -99,7 +99,7 @@ def finish(
             under = f"under {row['name']}, epsilon {row['epsilon']:.4g}"
             results["robust accuracy"] = f"{row['accuracy']:.4f} {under}"
     elif attention:
-        metrics["attention"] = {stack: measured.means() for stack, measured in attention.items()}
+        metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
     card = describe_data(parser.values, data)
     if trainer.is_world_process_zero():
         save_plots(folder, evaluation, attention, trainer.state.log_history)

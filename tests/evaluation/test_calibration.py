@@ -248,6 +248,11 @@ BAD = {
     "empty": (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), "at least one item"),
     "all_ignored": (torch.randn(2, 3), torch.tensor([-100, -100]), "at least one item"),
     "probabilities": (torch.randn(9, 3).softmax(-1), torch.zeros(9, dtype=torch.long), "probabilities"),
+    "rounded_probabilities": (
+        torch.randn(40, 10, generator=torch.Generator().manual_seed(0)).softmax(-1).mul(100).round() / 100,
+        torch.zeros(40, dtype=torch.long),
+        "probabilities",
+    ),
     "half_probabilities": (
         torch.randn(9, 30).softmax(-1).bfloat16(),
         torch.zeros(9, dtype=torch.long),
@@ -267,6 +272,9 @@ def test_bad_input_is_refused(metric, bad: str) -> None:
 def test_non_negative_logits_are_no_probabilities() -> None:
     logits, labels = random_items()
     assert negative_log_likelihood(logits.relu(), labels) > 0
+    # Their sums are as near to 1 as those of rounded probabilities.
+    assert negative_log_likelihood(logits.softmax(-1) + 0.01 / logits.shape[-1], labels) > 0
+    assert negative_log_likelihood(torch.zeros(3, 1000), torch.tensor([0, 1, 2])) > 0
     assert negative_log_likelihood(logits.log_softmax(-1), labels) == pytest.approx(
         negative_log_likelihood(logits, labels), abs=1e-6
     )

@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
@@ -24,6 +28,7 @@ from transformers import (
 )
 
 from hf_attentiondrop.evaluation.checkpoint import load_classifier, longest_text
+from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
@@ -40,6 +45,12 @@ def gpt2() -> GPT2ForSequenceClassification:
 
 def t5() -> T5ForSequenceClassification:
     return T5ForSequenceClassification(T5Config(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1, vocab_size=60))
+
+
+def bart() -> BartForSequenceClassification:
+    layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    widths = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    return BartForSequenceClassification(BartConfig(**layers, **widths, vocab_size=60))
 
 
 def roberta() -> RobertaForSequenceClassification:
@@ -140,3 +151,77 @@ def test_what_is_no_model_is_refused_by_its_name(tmp_path: Path) -> None:
     for name, message in cases:
         with pytest.raises(ValueError, match=message):
             load_classifier(str(name))
+
+
+def changed(weights: dict[str, Tensor], change: str) -> dict[str, Tensor]:
+    """What goes wrong with weights between training and evaluation."""
+    if change == "no head":
+        return {key: value for key, value in weights.items() if "classifier" not in key}
+    if change == "other classes":
+        return weights | {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
+    return {change + key: value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no head", "2 of them are not there, classifier.bias, classifier.weight: random numbers .* no head before"),
+        ("other classes", r"got classifier.bias \(3,\) where the config makes it \(2,\), classifier.weight"),
+        ("_orig_mod.", r"are not there, bert\..*, …: random .* names with '_orig_mod.' in front, as torch.compile"),
+        ("_orig_mod.module.", "names with '_orig_mod.' and 'module.' in front"),
+        ("", None),
+    ],
+)
+def test_no_weight_is_made_up(change: str, message: str | None, tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = changed(load_file(path), change)
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
+    if message is None:
+        assert torch.equal(load_classifier(str(tmp_path))[0].classifier.weight, weights["classifier.weight"])
+    else:
+        with pytest.raises(ValueError, match=f"^MODEL: .*{message}"):
+            load_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "contents",
+    [None, b"", b"\xff" * 5000, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"],
+    ids=["none", "empty", "junk", "pointer"],
+)
+def test_weights_that_cannot_be_read_are_refused(name: str, contents: bytes | None, tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if contents is not None:
+        (tmp_path / name).write_bytes(contents)
+    message = "^MODEL: expected the model's weights in .*, and they cannot be read: "
+    with pytest.raises(ValueError, match=message) as error:
+        load_classifier(str(tmp_path))
+    assert "git lfs pull" in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_cut_weights_are_refused(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    contents = path.read_bytes()
+    path.unlink()
+    path.write_bytes(contents[: len(contents) // 2])
+    with pytest.raises(ValueError, match="cannot be read: SafetensorError, "):
+        load_classifier(str(tmp_path))
+
+
+def test_classifiers_that_have_to_see_the_tokens_cannot_be_attacked() -> None:
+    for model in (bert(), gpt2(), vit(3)):
+        check_attackable(model)
+    for model in (t5(), bart()):
+        with pytest.raises(ValueError, match=rf"^--evaluate_robustness: .* got {type(model).__name__}, .* flag out\."):
+            check_attackable(model)
+        with pytest.raises(
+            NotImplementedError, match="embeddings"
+        ):  # Transformers' own refusal, in the middle of the work.
+            model(inputs_embeds=torch.zeros(1, 4, 32))

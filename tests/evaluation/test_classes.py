@@ -1,5 +1,6 @@
 """Samples are counted for the class they are of, or refused, and never for another one."""
 
+import math
 from typing import Any
 
 import pytest
@@ -52,6 +53,9 @@ def test_the_class_is_the_models(
         ([0, 3], NAMELESS, None, "does not know, 3; it knows 0, 1, 2"),
         (["cat", "newt"], ANIMALS, None, "does not know, newt; it knows cat, dog, owl"),
         ([0, 1], ANIMALS, ["cat", "newt"], "does not know, newt"),
+        (["cat", "owl"], NAMELESS, None, "not know, cat, owl; it knows LABEL_0, .* no order .* as id2label"),
+        ([0.0, 1.0, None], ANIMALS, None, "samples without a label, .* the first in row 2, counted from 0"),
+        ([0.0, math.nan], ANIMALS, None, "samples without a label, .* the first in row 1, counted from 0"),
         ([1, None], ANIMALS, None, "samples without a label, .* the first in row 1, counted from 0"),
         ([0, -1], ANIMALS, ["cat", "dog"], "samples without a label, .* the first in row 1, counted from 0"),
         ([True, False], ANIMALS, None, "whole numbers of classes in 'kind', got True in row 0"),

@@ -175,6 +175,19 @@ def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("samples", [12, 150])
+def test_attention_is_measured_on_as_many_samples_whatever_the_size_of_a_batch(samples: int) -> None:
+    model, whole = vit(), images(samples)
+    inputs = {name: torch.cat([batch[name] for batch in whole]) for name in whole[0]}
+    pixels, labels = inputs["pixel_values"].split(100), inputs["labels"].split(100)
+    large = [{"pixel_values": p, "labels": y} for p, y in zip(pixels, labels, strict=True)]
+    one, other = (evaluate_classifier(model, batches).metrics["attention"]["attentions"] for batches in (whole, large))
+    assert one == pytest.approx(other) and one["samples"] == min(samples, 128)
+    if samples > 128:
+        first = [{name: value[:128] for name, value in inputs.items()}]
+        assert evaluate_classifier(model, first).metrics["attention"]["attentions"] == pytest.approx(one)
+
+
 def test_temperatures_come_from_the_other_half() -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 3, (40,))
@@ -184,11 +197,12 @@ def test_temperatures_come_from_the_other_half() -> None:
     assert torch.allclose(scaled[1::2] * fit_temperature(logits[::2], labels[::2]), logits[1::2])
 
 
-def test_a_half_without_a_best_temperature_leaves_scaling_out() -> None:
+def test_a_half_without_a_best_temperature_leaves_scaling_out(caplog: pytest.LogCaptureFixture) -> None:
     labels = torch.arange(40) % 2
     logits = torch.nn.functional.one_hot(1 - labels, 2) * 2.0  # always wrong: no temperature is hot enough
     assert cross_fitted(logits, labels) is None
     assert cross_fitted(torch.nn.functional.one_hot(labels, 2) * 2.0, labels) is None
+    assert caplog.text == ""  # Nothing stands for it, so that there is nothing to warn of.
 
 
 def test_samples_without_a_label_count_for_nothing() -> None:

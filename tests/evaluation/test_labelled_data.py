@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil
 
-from hf_attentiondrop.evaluation.labelled_data import labelled_batches
+from hf_attentiondrop.evaluation.labelled_data import labelled_batches, load_labelled
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
@@ -121,3 +121,38 @@ def test_tokens_of_another_model_are_refused() -> None:
         list(labelled_batches(texts("a", "b"), [0, 1], TEXT, config, tokenizer(pad_token="[PAD]")))
     with pytest.raises(ValueError, match="texts of at least one token"):
         list(labelled_batches(texts(""), [0], TEXT, BERT, tokenizer()))
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_words_for_nothing_are_texts_like_others(suffix: str, separator: str, tmp_path: Path) -> None:
+    rows = [("text", "label"), ("nan", "0"), ("None", "1"), ("NA, n/a", "1"), ("", "0")]
+    lines = [separator.join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows]
+    path = tmp_path / f"data.{suffix}"
+    path.write_text("\n".join(lines) + "\n")
+    loaded = load_labelled(str(path))
+    assert loaded["text"][:] == ["nan", "None", "NA, n/a", None] and loaded["label"][:] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("a.csv", b"text,label\n", "'.*a.csv' cannot be loaded: it has no rows"),
+        ("b.csv", b"", "it has no rows"),
+        ("c.jsonl", b"", "it has no rows"),
+        ("d.jsonl", b"\n", "it has no rows"),
+        ("e.json", b"[]", "it has no rows"),
+        ("f.csv", "text,label\ncafé,1\n".encode("latin-1"), "it is not in UTF-8: .* Save it as UTF-8."),
+        ("g.jsonl", '{"text": "café"}\n'.encode("latin-1"), "it is not in UTF-8"),
+        ("h.csv", b'text,label\n"a,1\n', "EOF inside string starting at row 1"),
+        (
+            "i.csv",
+            None,
+            "^--data: there is no such file or folder here, and as a data set on the Hub '.*i.csv' cannot",
+        ),
+    ],
+)
+def test_files_without_samples_are_refused(name: str, contents: bytes | None, message: str, tmp_path: Path) -> None:
+    if contents is not None:
+        (tmp_path / name).write_bytes(contents)
+    with pytest.raises(ValueError, match=message):
+        load_labelled(str(tmp_path / name))

@@ -5,11 +5,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -44,6 +46,7 @@ PLOTS: dict[str, Callable[[], Figure]] = {
     "reliability_all_correct": lambda: reliability_diagram(reliability(1000 * (torch.eye(3) - 1), torch.arange(3))),
     "robust": lambda: robust_accuracy_curve({"FGSM": {0: 0.9, 8 / 255: 0.4}, "PGD": {0: 0.9, 8 / 255: 0.1}}, 100),
     "robust_one_point": lambda: robust_accuracy_curve({"PGD": {8 / 255: 0.0}}, 1),
+    "robust_embeddings": lambda: robust_accuracy_curve({"PGD": {0: 0.9, 0.0019853: 0.4}}, 200, in_pixels=False),
     "robust_clean_only": lambda: robust_accuracy_curve({"PGD": {0: 1.0}}, 5, in_pixels=False),
     "entropy": lambda: attention_entropy_map(np.linspace(0, 4, 24).reshape(6, 4), "encoder_self", math.log(64), 12),
     "entropy_one_head": lambda: attention_entropy_map([[0.0]]),
@@ -65,6 +68,15 @@ def text_of(figure: Figure) -> str:
     return " | ".join([figure.get_suptitle(), *axes])
 
 
+def numbers_along(axes: Axes) -> list[Text]:
+    """The numbers that are to be seen along the horizontal axis."""
+    if not axes.xaxis.get_tick_params().get("labelbottom"):
+        return []
+    low, high = axes.get_xlim()
+    ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    return [label for position, label in ticks if low <= position <= high]
+
+
 def lettering(figure: Figure) -> list[Text]:
     """The title, the axes' names and the legend."""
     names = [label for ax in figure.axes for label in (ax.xaxis.label, ax.yaxis.label)]
@@ -82,6 +94,9 @@ def test_a_plot_is_600_pixels_wide_legible_and_the_same_each_time(name: str) -> 
     for i, box in enumerate(boxes):
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1
         assert not any(box.overlaps(other) for other in boxes[:i])
+    for ax in figure.axes:
+        numbers = [label.get_window_extent() for label in numbers_along(ax)]
+        assert all(right.x0 - left.x1 > 5 for left, right in pairwise(numbers))
     image = Image.open(io.BytesIO(png(PLOTS[name]())))
     assert np.array_equal(np.asarray(image), np.asarray(canvas.buffer_rgba()))
 
@@ -153,6 +168,8 @@ def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
     history = trainer.state.log_history
     assert lines["task loss"].get_ydata().tolist() == [entry["task_loss"] for entry in history if "task_loss" in entry]
     assert lines["training loss"].get_xdata().tolist() == [1, 2, 3, 4]
+    # So that both are seen where they coincide.
+    assert lines["training loss"].get_linewidth() > 2 * lines["task loss"].get_linewidth()
     assert lines["evaluation loss"].get_xdata().tolist() == [2, 4]
     assert term.get_lines()[0].get_ydata().tolist() == [e["consistency_loss"] for e in history if "task_loss" in e]
 
