@@ -38,6 +38,10 @@ FAULTS = [
     Fault("POST /api/models/tester/broken/commit", 500),
     Fault("POST /api/models/tester/cut-off/commit"),
 ]
+ATTACKED = {
+    "samples": 200,
+    "attacks": [{"name": "PGD-20", "epsilon": 8 / 255, "accuracy": 0.41}, {"name": "FGSM", "epsilon": 0.1}],
+}
 FIGURES = {
     "eval_accuracy": 0.97125,
     "eval_macro_f1": 0.9,
@@ -57,8 +61,7 @@ FIGURES = {
     "robustness": {
         "norm": "linf",
         "space": "pixels",
-        "samples": 200,
-        "attacks": [{"name": "PGD-20", "epsilon": 8 / 255, "accuracy": 0.41}, {"name": "FGSM", "epsilon": 0.1}],
+        **ATTACKED,
     },
     "attention": {"encoder_attentions": {"entropy": 0.75, "first_token_mass": 0.25}},
 }
@@ -176,6 +179,12 @@ def test_figures_become_tables() -> None:
     assert (rows["Attention"], rows["Encoder"]) == (["Entropy (nats)", "Share of the first key"], ["0.75", "0.25"])
     assert rows["Training"] == ["1437"] and rows["Evaluation"] == ["360"]
     assert not {"Loss", "Runtime", "Samples per second", "FGSM"} & rows.keys()
+
+
+def test_the_size_of_embeddings_goes_with_their_perturbation() -> None:
+    figures = {"norm": "linf", "space": "embeddings", "embedding_deviation": 0.02, **ATTACKED}
+    text = build_card(content(metrics={"robustness": figures})).text
+    assert "radius ε in embeddings, whose standard deviation is 0.02, by the L∞ norm" in text
 
 
 @pytest.mark.parametrize("metrics", [{}, {"calibration": {}, "robustness": None}, {"robustness": {"attacks": []}}])

@@ -201,10 +201,10 @@ def _attacked(
     normalization: Normalization | None,
     seed: int,
 ) -> tuple[dict[str, tuple[RobustAccuracy, ...]], dict[str, Any]]:
-    epsilon, space = PIXEL_EPSILON, "pixels"
+    epsilon, space = PIXEL_EPSILON, {"space": "pixels"}
     if "pixel_values" not in next(iter(batches)):
-        embeddings = transformers_model(model).get_input_embeddings().weight
-        epsilon, space = 0.1 * embeddings.detach().float().std().item(), "embeddings"
+        deviation = transformers_model(model).get_input_embeddings().weight.detach().float().std().item()
+        epsilon, space = 0.1 * deviation, {"space": "embeddings", "embedding_deviation": deviation}
     attacks = {
         "FGSM": Attack.fgsm(epsilon),
         "PGD-10": Attack.pgd(epsilon, steps=10),
@@ -224,7 +224,7 @@ def _attacked(
         for name, curve in curves.items()
         for result in curve[1:]
     ]
-    return curves, {"norm": "linf", "space": space, "samples": clean.total, "attacks": rows}
+    return curves, {"norm": "linf", **space, "samples": clean.total, "attacks": rows}
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
