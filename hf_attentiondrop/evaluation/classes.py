@@ -32,7 +32,7 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
         remedy = "Evaluate it on data of its own classes."
         if not _has_names(config) and isinstance(labels[0], str):
             remedy = (
-                "Those are no names, and names in a column have no order that would tell which is which. Give its "
+                "The latter are no names, and names in a column have no order to tell which is which. Give its "
                 "config the names, as id2label."
             )
         raise ValueError(
