@@ -19,7 +19,8 @@ from experiments import CONFIDENCE, cell, run_recipe, summarize, write_results
 from measuring import hardware
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attentiondrop.evaluation.diagnostics import SPIKE_FACTOR, SPIKE_WINDOW, attention_statistics, gradient_norms
+from hf_attentiondrop.evaluation.diagnostics import attention_statistics
+from hf_attentiondrop.evaluation.gradients import SPIKE_FACTOR, SPIKE_WINDOW, gradient_norms
 
 
 METHODS = {

@@ -259,3 +259,12 @@ def test_a_model_that_cannot_be_attacked_is_refused_before_it_is_trained(
     line = refusal(recipe, capfd, *flags, "--evaluate_robustness", "--output_dir", tmp_path / "out")
     assert "--evaluate_robustness: expected a classifier that takes embeddings in the place of tokens, got T5" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_words_for_nothing_are_texts_all_the_same(recipe: ModuleType, tmp_path: Path, ending: str) -> None:
+    words = ["nan", "None", "NA", "null"]
+    file = write(tmp_path / f"train{ending}", [{"note": words[i % 4], "kind": CLASSES[i // 4 % 2]} for i in range(40)])
+    arguments = recipe.TextDataArguments(train_file=str(file), text_column="note", label_column="kind")
+    data = recipe.load_data(arguments)
+    assert {text for split in data.values() for text in split["note"]} == set(words)

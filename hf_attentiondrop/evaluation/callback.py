@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .diagnostics import attention_statistics, gradient_noise, gradient_norms
+from .diagnostics import attention_statistics
+from .gradients import gradient_noise, gradient_norms
 from .running import random_state_kept
 
 

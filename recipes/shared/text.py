@@ -21,6 +21,9 @@ FILE_BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+# Of a table only empty cells are missing: "nan" and "None" are words.
+WORDS_ONLY = {"keep_default_na": False, "na_values": [""]}
+FILE_OPTIONS = {".csv": WORDS_ONLY, ".tsv": {"sep": "\t", **WORDS_ONLY}, ".txt": {"sample_by": "paragraph"}}
 
 UNKNOWN, PADDING, START, SEPARATOR = "[UNK]", "[PAD]", "[CLS]", "[SEP]"
 
@@ -72,8 +75,7 @@ def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
     suffix = Path(train_file).suffix
     if validation_file and Path(validation_file).suffix != suffix:
         raise ValueError(f"--validation_file: expected a {suffix} file, as --train_file is, got {validation_file}.")
-    options = {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}.get(suffix, {})
-    return load_local(FILE_BUILDERS[suffix], train_file, validation_file, **options)
+    return load_local(FILE_BUILDERS[suffix], train_file, validation_file, **FILE_OPTIONS.get(suffix, {}))
 
 
 def check_text(data: DatasetDict, flag: str, column: str) -> None:

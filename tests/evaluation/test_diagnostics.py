@@ -24,11 +24,8 @@ from transformers import (
 
 from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig
 from hf_attentiondrop.evaluation.callback import DiagnosticsCallback
-from hf_attentiondrop.evaluation.diagnostics import (
-    attention_statistics,
-    gradient_noise,
-    gradient_norms,
-)
+from hf_attentiondrop.evaluation.diagnostics import attention_statistics
+from hf_attentiondrop.evaluation.gradients import gradient_noise, gradient_norms
 
 
 SMALL = {
