@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AttentionDropConfig, attention, configure, report
+from hf_attentiondrop import AttentionDropConfig, configure, hard, report
 
 from .models import build, enable_checkpointing, inputs
 
@@ -33,7 +33,7 @@ def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) ->
 @pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_hard_in_blocks_compiles_in_one_graph(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    monkeypatch.setattr(hard, "FEW_SCORES", 0)
     check_one_graph(family, variant)
 
 
