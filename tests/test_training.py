@@ -72,11 +72,11 @@ def test_two_copies_of_a_sample_in_one_batch_differ(family: str, variant: str) -
 
 def test_sigma_is_uniform_and_independent_over_samples_layers_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    import hf_attentiondrop.attention as attention
+    import hf_attentiondrop.blur as blur
 
-    original = attention.blur_keys
+    original = blur.blur_keys
     monkeypatch.setattr(
-        attention, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
+        blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
     )
     model = build("bert", attention_drop={"variant": "blur", "sigma_max": 2.0}).train()
     for _ in range(50):
