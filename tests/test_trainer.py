@@ -261,9 +261,7 @@ def test_passes_differ_the_more_the_more_attention_drops(tmp_path: Any) -> None:
 def test_the_two_halves_are_blurred_by_different_sigmas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     original = blur.blur_keys
-    monkeypatch.setattr(
-        blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
-    )
+    monkeypatch.setattr(blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen))
     drop = AttentionDropConfig(variant="blur")
     model = build("bert", dropout=False, num_labels=3, initializer_range=0.2, attention_drop=drop)
     trainer, _ = train("classification", tmp_path, model=model, strength=0.0)

@@ -75,9 +75,7 @@ def test_sigma_is_uniform_and_independent_over_samples_layers_and_calls(monkeypa
     import hf_attentiondrop.blur as blur
 
     original = blur.blur_keys
-    monkeypatch.setattr(
-        blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen)
-    )
+    monkeypatch.setattr(blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen))
     model = build("bert", attention_drop={"variant": "blur", "sigma_max": 2.0}).train()
     for _ in range(50):
         model(**inputs("bert", batch_size=40))
