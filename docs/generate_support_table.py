@@ -61,8 +61,8 @@ def _row(name: str) -> tuple[str, ...]:
 
 
 def _refused_blur(name: str, model: transformers.PreTrainedModel) -> str:
-    configure(model, AttentionDropConfig(variant="blur", attentions=KINDS))
     try:
+        configure(model, AttentionDropConfig(variant="blur", attentions=KINDS))
         with torch.no_grad():
             model(**tiny_inputs(name, model))
     except ValueError as refusal:
