@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import SDPA, AttentionCall, base_attention, is_recomputing
+from .base import AttentionCall, base_attention, is_recomputing
 from .blur import attend_blurred
 from .configuration import AttentionDropConfig
 from .hard import attend_hard
+from .sites import SDPA
 
 
 NAME = "attentiondrop"

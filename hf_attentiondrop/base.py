@@ -11,9 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .functional import attention_scores, prepend_sink, show_sink, visible_keys
 from .kernels import attend_with
-
-
-SDPA = "sdpa"
+from .sites import SDPA
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional as F
 
-from .base import SDPA, AttentionCall, attend_if_any_key
+from .base import AttentionCall, attend_if_any_key
 from .configuration import AttentionDropConfig
 from .functional import draw_hits, expand_heads, flex_hard_attention, hard_attention, mask_top_scores
+from .sites import SDPA
 
 
 # Scores of one head up to which a processor is as fast with the whole score matrix as with blocks of it.

@@ -5,7 +5,7 @@ from typing import Any
 
 from .attention import NAME
 from .settings import transformers_model
-from .sites import attention_dropout, attention_modules
+from .sites import SDPA, attention_dropout, attention_modules
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def report(model: Any) -> Report:
                 name,
                 site.kind,
                 site.layer,
-                implementation if site.base == "sdpa" else f"{implementation} on {site.base}",
+                implementation if site.base == SDPA else f"{implementation} on {site.base}",
                 applied="" if drop is None else drop.summary,
                 calls=int(site.calls),
                 reweighting="" if reweighting is None else reweighting.summary,

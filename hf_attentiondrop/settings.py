@@ -6,11 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attention import NAME
-from .base import SDPA
 from .configuration import CONFIG_KEY, AttentionDropConfig
 from .kernels import can_be_base, serves_cross_attention
 from .registration import FUNCTIONS
-from .sites import AttentionSite, attention_modules, check_selection, configs_of, refuse_capped_blur
+from .sites import SDPA, AttentionSite, attention_modules, check_selection, configs_of, refuse_capped_blur
 
 
 def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None:

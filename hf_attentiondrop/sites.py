@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
 
 
+# What computes the base attention where nothing else was asked for.
+SDPA = "sdpa"
 # What model files call cross-attention, and the arguments that hand it the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
@@ -53,7 +55,7 @@ class AttentionSite:
     layer: int
     num_layers: int
     calls: torch.Tensor = field(default_factory=lambda: _number(torch.int64))
-    base: str = "sdpa"
+    base: str = SDPA
     softcap: float | None = None
     strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
     _entry: dict | None = None

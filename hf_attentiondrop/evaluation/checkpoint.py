@@ -1,6 +1,7 @@
 """A saved classifier, with the tokenizer or image processor that it was trained with."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,21 +162,21 @@ def _check_weights(name: str, loaded: Mapping[str, Any]) -> None:
             )
         raise ValueError(
             f"MODEL: expected all weights of the model in {name!r}, {len(missing)} of them are not there, "
-            f"{_first(missing)}: random numbers would stand for them, and be measured. {remedy}"
+            f"{first_of(missing, SHOWN_WEIGHTS)}: random numbers would stand for them, and be measured. {remedy}"
         )
     if mismatched := sorted(loaded["mismatched_keys"]):
         shapes = (f"{key} {tuple(got)} where the config makes it {tuple(made)}" for key, got, made in mismatched)
         raise ValueError(
-            f"MODEL: expected weights of the shapes that the config of {name!r} says, got {_first(shapes)}: random "
-            "numbers would stand for them, and be measured. Put the config.json beside them that they were saved "
-            "with; where the classes differ, its id2label."
+            f"MODEL: expected weights of the shapes that the config of {name!r} says, got "
+            f"{first_of(shapes, SHOWN_WEIGHTS)}: random numbers would stand for them, and be measured. Put the config.json "
+            "beside them that they were saved with; where the classes differ, its id2label."
         )
 
 
-def _first(items: Iterable[str]) -> str:
-    """The first of some items, in words."""
-    items = list(items)
-    return ", ".join(items[:SHOWN_WEIGHTS]) + (", …" if len(items) > SHOWN_WEIGHTS else "")
+def first_of(items: Iterable[str], shown: int) -> str:
+    """The first of some items, for a message."""
+    first = list(islice(items, shown + 1))
+    return ", ".join(first[:shown]) + (", …" if len(first) > shown else "")
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,11 +1,11 @@
 """Which of a model's classes each sample of some data is of."""
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .checkpoint import first_of
 from .labelled_data import check_column
 
 
@@ -36,8 +36,8 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
                 "config the names, as id2label."
             )
         raise ValueError(
-            f"--label_column: {column!r} has classes that the model does not know, {_some(unknown)}; it knows "
-            f"{_some(known)}. {remedy}"
+            f"--label_column: {column!r} has classes that the model does not know, {first_of(unknown, SHOWN_NAMES)}; "
+            f"it knows {first_of(known, SHOWN_NAMES)}. {remedy}"
         )
     return [known[name] for name in named]
 
@@ -71,9 +71,9 @@ def _known_classes(
         return known
     if len(names) != config.num_labels:
         raise ValueError(
-            f"--label_column: expected {config.num_labels} classes in {column!r}, got {len(names)}, {_some(names)}: "
-            "the model has no names for its classes, and which is which can only be told where there are as many. "
-            "Give its config the names, as id2label."
+            f"--label_column: expected {config.num_labels} classes in {column!r}, got {len(names)}, "
+            f"{first_of(names, SHOWN_NAMES)}: the model has no names for its classes, and which is which can only be told "
+            "where there are as many. Give its config the names, as id2label."
         )
     return {name: number for number, name in enumerate(names)}
 
@@ -85,9 +85,3 @@ def _has_names(config: PreTrainedConfig) -> bool:
 
 def _is_number(name: str) -> bool:
     return name.removeprefix("-").isdigit()
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first of some names."""
-    first = list(islice(names, SHOWN_NAMES + 1))
-    return ", ".join(first[:SHOWN_NAMES]) + (", …" if len(first) > SHOWN_NAMES else "")

@@ -13,6 +13,8 @@ from .checkpoint import Processor, channels_of, pads_alike
 
 
 READERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+# Of a table only empty cells are missing: "nan" and "None" are words.
+WORDS_ONLY = {"keep_default_na": False, "na_values": [""]}
 # What is evaluated on where no split is named, the first of them that there is.
 SPLITS = ("test", "validation", "train")
 
@@ -49,7 +51,7 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
             raise ValueError(f"--data: expected a file of one of {', '.join(READERS)}, got {name!r}.")
         arguments, options = (READERS[suffix],), {"data_files": name}
         if READERS[suffix] == "csv":
-            options |= {"keep_default_na": False, "na_values": [""], "sep": "\t" if suffix == "tsv" else ","}
+            options |= {**WORDS_ONLY, "sep": "\t" if suffix == "tsv" else ","}
     else:
         arguments, options = (name, config), {}
     try:

@@ -8,6 +8,8 @@ from datasets import Dataset, DatasetDict, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_attentiondrop.evaluation.labelled_data import WORDS_ONLY
+
 from .arguments import check_path
 from .data import DatasetArguments, load_from_hub, load_local
 
@@ -21,8 +23,6 @@ FILE_BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# Of a table only empty cells are missing: "nan" and "None" are words.
-WORDS_ONLY = {"keep_default_na": False, "na_values": [""]}
 FILE_OPTIONS = {".csv": WORDS_ONLY, ".tsv": {"sep": "\t", **WORDS_ONLY}, ".txt": {"sample_by": "paragraph"}}
 
 UNKNOWN, PADDING, START, SEPARATOR = "[UNK]", "[PAD]", "[CLS]", "[SEP]"
