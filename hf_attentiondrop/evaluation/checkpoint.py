@@ -168,8 +168,8 @@ def _check_weights(name: str, loaded: Mapping[str, Any]) -> None:
         shapes = (f"{key} {tuple(got)} where the config makes it {tuple(made)}" for key, got, made in mismatched)
         raise ValueError(
             f"MODEL: expected weights of the shapes that the config of {name!r} says, got "
-            f"{first_of(shapes, SHOWN_WEIGHTS)}: random numbers would stand for them, and be measured. Put the config.json "
-            "beside them that they were saved with; where the classes differ, its id2label."
+            f"{first_of(shapes, SHOWN_WEIGHTS)}: random numbers would stand for them, and be measured. Put "
+            "the config.json beside them that they were saved with; where the classes differ, its id2label."
         )
 
 

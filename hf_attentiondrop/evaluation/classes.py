@@ -72,8 +72,8 @@ def _known_classes(
     if len(names) != config.num_labels:
         raise ValueError(
             f"--label_column: expected {config.num_labels} classes in {column!r}, got {len(names)}, "
-            f"{first_of(names, SHOWN_NAMES)}: the model has no names for its classes, and which is which can only be told "
-            "where there are as many. Give its config the names, as id2label."
+            f"{first_of(names, SHOWN_NAMES)}: the model has no names for its classes, and which is which can only "
+            "be told where there are as many. Give its config the names, as id2label."
         )
     return {name: number for number, name in enumerate(names)}
 
