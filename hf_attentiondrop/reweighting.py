@@ -144,8 +144,8 @@ class AffineScaling(Reweighting):
         average = self.average.clone()  # A later update must not change what the backward pass finds.
         output, weights = attend(call)
         sums = visible_sums(call.mask, is_causal=call.causal, **call.lengths)
-        length = call.lengths["key_length"] if self.config.bias_length == "keys" else None
-        beta = affine_bias(alpha, average, sums.count, length)
+        key_length = call.lengths["key_length"] if self.config.bias_length == "keys" else None
+        beta = affine_bias(alpha, average, sums.lengths, key_length)
         if weights is not None:
             weights = rescale_weights(weights, call.visible, alpha, beta)
         return rescale_output(output, call.value, alpha, beta, sums), weights

@@ -42,32 +42,34 @@ def affine_scale(logits: torch.Tensor, *, activation: str = "linear_clip", init:
         if choice not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}: it decides what the scale is.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scale = (0.1 * logits + 0.5).clamp(0.0, 1.0) if activation == "linear_clip" else logits.sigmoid()
-    return scale if init == "paper" else 1.0 + (scale - 0.5)  # φ(0) is 0.5 for both.
+    # φ(x) - φ(0), which is exactly zero at zero. φ(0) is 0.5 for both.
+    shape = (0.1 * logits).clamp(-0.5, 0.5) if activation == "linear_clip" else logits.sigmoid() - 0.5
+    return shape + (1.0 if init == "identity" else 0.5)
 
 
 def affine_bias(
-    alpha: torch.Tensor, alpha_average: torch.Tensor, count: torch.Tensor, length: int | None = None
+    alpha: torch.Tensor, alpha_average: torch.Tensor, lengths: torch.Tensor, key_length: int | None = None
 ) -> torch.Tensor:
     """The bias `β` of every query and head, zero for queries that see no key.
 
     Args:
         alpha: `(B, Q, H)`.
         alpha_average: `α_ma`, `(H,)`.
-        count: how many keys a query sees, integers `(B|1, H|1, Q|1, 1)`.
-        length: `N`; by default the count.
+        lengths: how many keys each query sees, infinite where none, `(B|1, Q|1, H|1)`, see
+            [`~functional.VisibleSums`].
+        key_length: `N` of all queries that see any key; by default what each of them sees.
 
     Returns:
         `(α_ma - α) / N`, `(B, Q, H)`.
 
     Example:
 
-    >>> affine_bias(torch.tensor([[[0.5]]]), torch.ones(1), torch.tensor([[[[2]]]]))
+    >>> affine_bias(torch.tensor([[[0.5]]]), torch.ones(1), torch.tensor([[[2.0]]]))
     tensor([[[0.2500]]])
     """
-    count = count.squeeze(-1).transpose(1, 2)  # (B|1, Q|1, H|1)
-    bias = (alpha_average - alpha) / (count.clamp_min(1) if length is None else length)
-    return bias.masked_fill(count == 0, 0.0)
+    if key_length is not None:
+        lengths = lengths.where(lengths.isinf(), key_length)
+    return (alpha_average - alpha) / lengths
 
 
 def rescale_output(
@@ -97,7 +99,21 @@ def rescale_output(
     >>> rescale_output(torch.ones(1, 1, 1, 1), value, torch.tensor([[[0.5]]]), torch.tensor([[[0.25]]]), sums)
     tensor([[[[2.]]]])
     """
-    return _Rescale.apply(output, value, alpha, beta, sums)
+    if torch.is_grad_enabled():
+        return _Rescale.apply(output, value, alpha, beta, sums)
+    return _rescaled(output, value, alpha, beta, sums)
+
+
+def _rescaled(
+    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+) -> torch.Tensor:
+    with torch.autocast(output.device.type, enabled=False):
+        total = sums(value)
+    groups = total.shape[2], -1  # (Hkv, G)
+    rescaled = output * alpha.unsqueeze(-1)
+    grouped = rescaled.unflatten(2, groups)
+    grouped.addcmul_(beta.unflatten(2, groups).unsqueeze(-1), total.unsqueeze(3).to(rescaled.dtype))
+    return rescaled.to(output.dtype)
 
 
 class _Rescale(torch.autograd.Function):
@@ -110,30 +126,24 @@ class _Rescale(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(output, value, alpha, beta)
         ctx.sums = sums
-        with torch.autocast(output.device.type, enabled=False):
-            total = sums(value)
-        groups = total.shape[2], -1  # (Hkv, G)
-        rescaled = output * alpha.unsqueeze(-1)
-        grouped = rescaled.unflatten(2, groups)
-        grouped.addcmul_(beta.unflatten(2, groups).unsqueeze(-1), total.unsqueeze(3).to(rescaled.dtype))
-        return rescaled.to(output.dtype)
+        return _rescaled(output, value, alpha, beta, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         output, value, alpha, beta = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            total = ctx.sums(value)
-            groups = total.shape[2], -1
             gradient = gradient.to(alpha.dtype)
-            by_group = gradient.unflatten(2, groups)
             product = gradient * output  # One place for all products: fresh memory costs more than they do.
-            grouped = product.unflatten(2, groups)
             of_alpha = product.sum(dim=-1)
+            total = ctx.sums(value)
+            is_shared, groups = total.shape[1] == 1, (total.shape[2], -1)
+            by_group, grouped = gradient.unflatten(2, groups), product.unflatten(2, groups)
             of_beta = torch.mul(by_group, total.unsqueeze(3), out=grouped).sum(dim=-1).flatten(2)
+            del total  # As large as the output.
             torch.mul(by_group, beta.unflatten(2, groups).unsqueeze(-1), out=grouped)
             of_total = product if grouped.shape[3] == 1 else grouped.sum(dim=3)
-            if total.shape[1] == 1:
+            if is_shared:
                 of_total = of_total.sum(dim=1, keepdim=True)
             of_value = ctx.sums.adjoint(of_total, value).to(value.dtype)
             of_output = torch.mul(gradient, alpha.unsqueeze(-1), out=product).to(output.dtype)

@@ -16,6 +16,7 @@ from .visibility import once_per_mask, shown_keys, visible_keys
 
 
 # Keys of which one product with a triangle of ones makes running sums: shorter, and the sums over chunks take over.
+# Up to twice as many are one chunk.
 CHUNK = 32
 
 
@@ -32,11 +33,12 @@ class VisibleSums:
     """What each query sums, made by [`visible_sums`].
 
     Args:
-        count: how many keys each query sees, integers `(B|1, H|1, Q|1, 1)`.
+        lengths: how many keys each query sees, float32 `(B|1, Q|1, H|1)`; infinite for those that see none, so that
+            what is divided by it vanishes.
         rule: the map that makes the sums.
     """
 
-    count: Tensor
+    lengths: Tensor
     rule: _Map
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class VisibleSums:
         Anything for a query that sees nothing.
         """
         value = value.to(self._precision(value.dtype))
-        num_heads = self.count.shape[1]
+        num_heads = self.lengths.shape[-1]
         if num_heads > 1:
             return self.rule.sums(expand_heads(value, num_heads)).transpose(1, 2)
         if value.is_contiguous() and not isinstance(self.rule, _Product):
@@ -57,7 +59,7 @@ class VisibleSums:
     def adjoint(self, gradient: Tensor, value: Tensor) -> Tensor:
         """The gradient of the values, `(B, Hkv, K, D)`, from that of the sums, zero for queries that see nothing."""
         gradient, num_kv_heads = gradient.to(self._precision(value.dtype)), value.shape[1]
-        if self.count.shape[1] > 1:
+        if self.lengths.shape[-1] > 1:
             return self.rule.adjoint(gradient.transpose(1, 2)).unflatten(1, (num_kv_heads, -1)).sum(dim=2)
         states = self.rule.adjoint(gradient.flatten(2).unsqueeze(1))
         return states.squeeze(1).unflatten(-1, (num_kv_heads, -1)).transpose(1, 2)
@@ -87,23 +89,23 @@ def visible_sums(
         device: where index tensors are made.
 
     Returns:
-        The sums as a function of the values, and the counts.
+        The sums as a function of the values, and how many there are.
 
     Source: the term `β·Σ_j v_j` of arXiv 2602.23057, over visible keys.
 
     Example:
 
     >>> sums = visible_sums(None, is_causal=True, query_length=3, key_length=3, device=torch.device("cpu"))
-    >>> sums(torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)).flatten(), sums.count.flatten()
-    (tensor([1., 3., 9.]), tensor([1, 2, 3]))
+    >>> sums(torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)).flatten(), sums.lengths.flatten()
+    (tensor([1., 3., 9.]), tensor([1., 2., 3.]))
     """
     if attention_mask is None:
         if not is_causal or query_length == 1:
-            count = torch.full((1, 1, 1, 1), key_length, device=device)
-            return VisibleSums(count, _Everything(key_length))
+            lengths = torch.full((1, 1, 1), key_length, dtype=torch.float32, device=device)
+            return VisibleSums(lengths, _Everything(key_length))
         if query_length == key_length:
-            count = torch.arange(1, query_length + 1, device=device).view(1, 1, -1, 1)
-            return VisibleSums(count, _Intervals(_Runs(), _Runs(from_the_end=True)))
+            lengths = torch.arange(1, query_length + 1, dtype=torch.float32, device=device).view(1, -1, 1)
+            return VisibleSums(lengths, _Intervals(_Runs(), _Runs(from_the_end=True)))
         attention_mask = visible_keys(
             None, is_causal=True, query_length=query_length, key_length=key_length, device=device
         )
@@ -118,16 +120,20 @@ def _look_at(attention_mask: Tensor) -> VisibleSums | None:
     seen = bits.amax(dim=-2, keepdim=True)  # (B|1, H|1, 1, K)
     # A query that sees nothing weighs its sum with zero, and so fits in everywhere.
     if ((count == 0) | (count == seen.sum(dim=-1, keepdim=True))).all():
-        return VisibleSums(count, _OneForAll(seen))
+        return VisibleSums(_lengths(count), _OneForAll(seen))
     forward, backward = _runs(bits), _runs(bits.mT, from_the_end=True)
     if forward is None or backward is None:
         return None
-    return VisibleSums(count, _Intervals(forward, backward, None if seen.all() else seen.mT == 0))
+    return VisibleSums(_lengths(count), _Intervals(forward, backward, None if seen.all() else seen.mT == 0))
 
 
 def _product(visible: Tensor) -> VisibleSums:
     count = visible.sum(dim=-1, keepdim=True, dtype=torch.int32)
-    return VisibleSums(count, _OneForAll(visible) if visible.shape[-2] == 1 else _Product(visible))
+    return VisibleSums(_lengths(count), _OneForAll(visible) if visible.shape[-2] == 1 else _Product(visible))
+
+
+def _lengths(count: Tensor) -> Tensor:
+    return count.float().masked_fill(count == 0, torch.inf).squeeze(-1).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -176,21 +182,23 @@ class _Runs:
     Args:
         near: the state at which each row's interval ends, in the direction of the sums, `(B|1, H|1, rows)`; `None`
             where it ends at the row itself, or nothing lies between them.
-        far: how many states come before the interval, or, from the end, the first one behind it; `None` where nothing
-            does.
+        beyond: the last state that the sums reach before the interval, `(B|1, H|1, rows)`; `None` where they reach
+            none for any row.
+        is_beyond: whether there is one, `(B|1, H|1, rows)`.
         from_the_end: whether the sums start at the last state.
     """
 
     near: Tensor | None = None
-    far: Tensor | None = None
+    beyond: Tensor | None = None
+    is_beyond: Tensor | None = None
     from_the_end: bool = False
 
     def sums(self, states: Tensor) -> Tensor:
         running = _running_sums(states, self.from_the_end)
         sums = running if self.near is None else _rows(running, self.near)
-        if self.far is None:
+        if self.beyond is None:
             return sums
-        return sums - _rows(F.pad(running, (0, 0, 0, 1) if self.from_the_end else (0, 0, 1, 0)), self.far)
+        return sums.addcmul_(_rows(running, self.beyond), self.is_beyond.unsqueeze(-1).to(sums.dtype), value=-1)
 
 
 @dataclass(frozen=True)
@@ -227,25 +235,32 @@ def _runs(bits: Tensor, from_the_end: bool = False) -> _Runs | None:
         return None
     ends_at_itself = rows == length and bool((empty | (until == rank[..., 1:])).all())
     starts_at_the_start = bool((empty | (before == 0)).all())
-    near, far = end - 1, first
+    near, beyond, is_beyond = end - 1, (first - 1).clamp_min(0), first > 0
     if from_the_end:
-        near, far = length - 1 - near.flip(-1), length - far.flip(-1)
-    return _Runs(None if ends_at_itself else near, None if starts_at_the_start else far, from_the_end)
+        near, beyond, is_beyond = length - 1 - near.flip(-1), length - 1 - beyond.flip(-1), is_beyond.flip(-1)
+    near = None if ends_at_itself else near
+    if starts_at_the_start:
+        beyond = is_beyond = None
+    return _Runs(near, beyond, is_beyond, from_the_end)
 
 
 def _running_sums(states: Tensor, from_the_end: bool) -> Tensor:
     """Cumulative sums over the rows of `(B, H, N, X)`, chunk by chunk: `cumsum` goes through memory in strides, and in
     half precision would be off by its own size after a few thousand rows."""
     length = states.shape[-2]
-    if length % CHUNK:
-        states = F.pad(states, (0, 0, 0, -length % CHUNK))
-    chunks = states.unflatten(-2, (-1, CHUNK))
-    ones = torch.ones(CHUNK, CHUNK, dtype=states.dtype, device=states.device).tril()
+    size = length if length <= 2 * CHUNK else CHUNK
+    if length % size:
+        states = F.pad(states, (0, 0, 0, -length % size))
+    chunks = states.unflatten(-2, (-1, size))
+    ones = torch.ones(size, size, dtype=states.dtype, device=states.device).tril()
     if from_the_end:
-        sums = ones.mT @ chunks
+        ones = ones.mT
+    sums = ones @ chunks
+    if length == size:
+        return sums.squeeze(-3)
+    if from_the_end:
         sums[..., :-1, :, :] += sums[..., 1:, :1, :].flip(-3).cumsum(dim=-3).flip(-3)
     else:
-        sums = ones @ chunks
         sums[..., 1:, :, :] += sums[..., :-1, -1:, :].cumsum(dim=-3)
     return sums.flatten(-3, -2)[..., :length, :]
 

@@ -49,7 +49,8 @@ def test_equals_the_plain_sum_and_its_gradient(case: AttentionCase, as_in_models
     value = case.tensors()[2]
     value = value.transpose(1, 2).contiguous().transpose(1, 2) if as_in_models else value
     found_sums = sums_of(case.mask(), case.queries, case.keys, case.is_causal)
-    assert (found_sums.count == case.visible.sum(dim=-1, keepdim=True)).all()
+    count = case.visible.sum(dim=-1).transpose(1, 2).float()
+    assert (found_sums.lengths == count.masked_fill(count == 0, torch.inf)).all()
     sees = case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
     found = found_sums(value)
     total = found.repeat_interleave(case.heads // found.shape[2], dim=2).expand(-1, case.queries, -1, -1)
@@ -127,7 +128,7 @@ def test_a_product_in_half_precision_neither_overflows_nor_drifts(dtype: torch.d
 def factors(case: AttentionCase, sums: VisibleSums) -> tuple[Tensor, Tensor]:
     """`α` and `β`, random, as [`rescale_output`] takes them."""
     alpha, beta = torch.rand(2, case.batch_size, case.queries, case.heads, dtype=torch.float64)
-    beta = beta.masked_fill(sums.count.squeeze(-1).transpose(1, 2) == 0, 0.0)
+    beta = beta.masked_fill(sums.lengths.isinf(), 0.0)
     return alpha.requires_grad_(), beta.requires_grad_()
 
 
@@ -165,6 +166,27 @@ def test_compiled_in_one_graph_it_is_the_same(name: str) -> None:
         torch.testing.assert_close(plain, from_graph, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [64, 65, 1000])
+def test_running_sums_at_the_length_of_a_chunk_and_beyond(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    value = torch.randn(2, 3, length, 4, dtype=torch.float64)
+    found = sums_of(None, length, length)
+    torch.testing.assert_close(found(value), value.cumsum(dim=-2).transpose(1, 2), rtol=0, atol=1e-12)
+    wanted = value.flip(-2).cumsum(dim=-2).flip(-2)
+    torch.testing.assert_close(found.adjoint(value.transpose(1, 2), value), wanted, rtol=0, atol=1e-12)
+
+
+def test_without_gradients_it_is_the_same() -> None:
+    case = CASES_BY_NAME["causal_packed"]
+    query, _, value = case.tensors()
+    found = sums_of(case.mask(), case.queries, case.keys)
+    alpha, beta = factors(case, found)
+    arguments = (query.transpose(1, 2), value, alpha, beta, found)
+    with torch.no_grad():
+        plain = rescale_output(*arguments)
+    assert torch.equal(rescale_output(*arguments), plain) and not plain.requires_grad
+
+
 def test_autocast_does_not_reach_inside() -> None:
     case = CASES_BY_NAME["causal_without_mask"]
     query, _, value = case.tensors(torch.float32)
@@ -175,5 +197,7 @@ def test_autocast_does_not_reach_inside() -> None:
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             output = rescale_output(*leaves, found)
-            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+            with torch.no_grad():
+                plain = rescale_output(*leaves, found)
+            results.append([plain, output, *torch.autograd.grad(output.square().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
