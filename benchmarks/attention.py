@@ -107,13 +107,15 @@ def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Calla
     visible, kv_heads = case.visible(), case.kv_heads or case.heads
     # In memory as models hold them: all heads of a token beside each other.
     shapes = [(case.batch_size, case.length, heads, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
-    leaves = [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
+    qkv = [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
+    leaves = list(qkv)
     mask = None if visible is None else visible.to(device)
     options: dict[str, Any] = {"is_causal": case.mask == "causal"}
     if method == "affine":
         module = attention_module(case, "affine_scaled", {"attention_reweighting": AffineScaledConfig()})
         states = torch.randn(case.batch_size, case.length, case.heads * case.head_dim, dtype=dtype, device=device)
-        attend = partial(reweighted_attention_forward, reweighting_states=states.requires_grad_())
+        leaves.append(states.requires_grad_())
+        attend = partial(reweighted_attention_forward, reweighting_states=states)
     elif method in DROPS:
         module = attention_module(case, "attentiondrop", {"attention_drop": DROPS[method]})
         attend = attention_drop_forward
@@ -126,13 +128,17 @@ def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Calla
             mask = torch.ones(case.length, case.length, dtype=torch.bool, device=device).tril()[None, None]
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+    # What follows attention in a model makes the gradient of its output, and neither of them outlives its use.
     direction = torch.randn(case.batch_size, case.length, case.heads, case.head_dim, dtype=dtype, device=device)
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
         call_mask = mask.clone() if case.has_new_mask else mask
-        attend(module, *leaves, call_mask, scaling=case.head_dim**-0.5, dropout=0.0, **options)[0].backward(direction)
+        output, _ = attend(module, *qkv, call_mask, scaling=case.head_dim**-0.5, dropout=0.0, **options)
+        loss = (output * direction).sum()
+        del output
+        loss.backward()
 
     return step
 

@@ -5,12 +5,11 @@
 
 A step is forward, backward and an AdamW update. Models have the widths of their originals; `--layers` and
 `--batch_size` scale them to the machine. Times are ratios to SDPA in runs that take turns: medians, with quartiles.
-Memory is what the first steps add to the peak, in fresh processes, model and optimizer included.
+Memory is what the first steps add to the peak, in a fresh process, model and optimizer included.
 """
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from transformers import (
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
 
 
-MEMORY_REPEATS = 5
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpa": ("sdpa", {}),
     "hard": ("attentiondrop", {"attention_drop": AttentionDropConfig(variant="hard")}),
@@ -142,12 +140,6 @@ def memory(name: str, method: str, arguments: argparse.Namespace) -> float:
     return peak_megabytes(steps, arguments.device)
 
 
-def median_memory(name: str, method: str, arguments: argparse.Namespace) -> float:
-    """The median of several processes: what an allocator holds in one of them varies by some per cent."""
-    peaks = (in_fresh_process(memory, (name, method, arguments), arguments.device) for _ in range(MEMORY_REPEATS))
-    return statistics.median(peaks)
-
-
 def table(results: dict[str, Any]) -> str:
     setup = results["setup"]
     versions = f"torch {setup['torch']}, transformers {setup['transformers']}"
@@ -158,8 +150,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Models of their usual width with {setup['layers']} layers per stack, {setup['batch_size']} samples per "
         "batch (LLaMA a quarter of it). Time as a multiple of the same model's with SDPA, median of "
-        f"{setup['repeats']} runs that take turns; memory likewise, of the peak of training, the median of "
-        f"{MEMORY_REPEATS} processes.",
+        f"{setup['repeats']} runs that take turns; memory likewise, of the peak of training.",
         "",
         "| model | method | training step | its memory | evaluation |",
         "|---|---|---:|---:|---:|",
@@ -192,7 +183,7 @@ def main() -> None:
 
     # All memory first: a process that has done large work before would lend its free memory to its children.
     models: dict[str, dict[str, Any]] = {
-        name: {method: {"peak_mb": median_memory(name, method, arguments)} for method in methods}
+        name: {method: {"peak_mb": in_fresh_process(memory, (name, method, arguments), device)} for method in methods}
         for name in arguments.models
     }
     for name, rows in models.items():
