@@ -54,7 +54,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
             packed = pack(data, tokenizer, data_args)
         model = load_model(model_args, attention, tokenizer, data_args.block_size)
+        if model_args.base_attention:
+            set_base_attention(model, model_args.base_attention)
         if lora_args.use_peft:
             model = add_adapters(model, lora_args)
         else:

@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.images import convert_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 
@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_data(data_args)
         processor = load_processor(model_args)
         model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
+        if model_args.base_attention:
+            set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)
         trainer = AttentionDropTrainer(
             model=model,

@@ -46,7 +46,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 
@@ -204,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenized = tokenize(data, tokenizer, data_args)
         class_names = data["train"].features[data_args.label_column].names
         model = load_model(model_args, attention, class_names, tokenizer)
+        if model_args.base_attention:
+            set_base_attention(model, model_args.base_attention)
         if evaluation_args.evaluate_robustness:
             check_attackable(model)
         accept_saved_weights(model)

@@ -50,6 +50,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attentiondrop import set_base_attention
 from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
 from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
 
@@ -208,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
             tokenized = tokenize(data, tokenizer, model_args, data_args)
         model = load_model(model_args, attention, tokenizer)
+        if model_args.base_attention:
+            set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)
         trainer = AttentionDropSeq2SeqTrainer(
             model=model,

@@ -4,10 +4,16 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_attentiondrop import AttentionDropConfig
 
@@ -26,6 +32,11 @@ BAD_INPUT = {
     "missing model": (["--model_name_or_path", "./nowhere"], "--model_name_or_path: expected an existing path"),
     "missing checkpoint": (["--resume_from_checkpoint"], "expected a folder with a complete checkpoint"),
     "unknown attention": (["--attn_implementation", "attentiondorp"], "attentiondorp"),
+    "base attention with other masks": (["--base_attention", "eager"], "cannot compute the base attention"),
+    "base attention of nothing": (
+        ["--attn_implementation", "sdpa", "--base_attention", "flex_attention"],
+        "another base attention would have no effect",
+    ),
 }
 
 
@@ -72,6 +83,23 @@ def test_run_file_reproduces_the_run(recipe: ModuleType, tmp_path: Path) -> None
     weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_base_attention_computes_what_is_blurred_and_left_alone(recipe: ModuleType, tmp_path: Path) -> None:
+    modes = set()
+
+    def kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        modes.add(module.training)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("kernel", kernel)
+    AttentionMaskInterface.register("kernel", sdpa_mask)
+    flags = ["--variant", "blur", "--base_attention", "kernel", "--max_steps", "1"]
+    recipe.main([*flags, "--output_dir", str(tmp_path)])
+    assert modes == {True, False}
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["base_attention"] == "kernel"
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        del interface._global_mapping["kernel"]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())

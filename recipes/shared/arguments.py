@@ -46,6 +46,13 @@ class ModelArguments:
             "which those flags do not touch."
         },
     )
+    base_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Kernel to compute the attention that is blurred, reweighted, or left alone: flash_attention_2, 3 "
+            "or 4, flex_attention. Without it, and where it cannot express a mask, SDPA does."
+        },
+    )
     attention_reweighting: str | None = field(
         default=None,
         metadata={
