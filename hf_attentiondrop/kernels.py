@@ -128,6 +128,9 @@ class Packing:
         return cls(index, starts, int(starts.diff().max()) if len(index) else 0)
 
 
+_packing_of_mask = once_per_mask(Packing.of_mask)
+
+
 def _attend_with_flash(
     attend: Callable[..., tuple[Tensor, None]],
     module: nn.Module,
@@ -143,7 +146,7 @@ def _attend_with_flash(
     options["is_causal"] = is_causal
     if mask is None:
         return attend(module, *states, None, **options)[0]
-    packing = once_per_mask(Packing.of_mask, mask, batch_size, is_causal, options.get("sliding_window"))
+    packing = _packing_of_mask(mask, batch_size, is_causal, options.get("sliding_window"))
     if packing is None or packing.longest == 0:
         return None
     query, key, value = (x.transpose(1, 2).flatten(0, 1)[packing.index].transpose(0, 1)[None] for x in states)

@@ -145,7 +145,8 @@ class _Rescale(torch.autograd.Function):
             of_total = product if grouped.shape[3] == 1 else grouped.sum(dim=3)
             if is_shared:
                 of_total = of_total.sum(dim=1, keepdim=True)
-            of_value = ctx.sums.adjoint(of_total, value).to(value.dtype)
+            # Detached from what it is a view of, autograd can add to it in place.
+            of_value = ctx.sums.adjoint(of_total, value).to(value.dtype).detach()
             of_output = torch.mul(gradient, alpha.unsqueeze(-1), out=product).to(output.dtype)
         return of_output, of_value, of_alpha.to(alpha.dtype), of_beta.to(beta.dtype), None
 

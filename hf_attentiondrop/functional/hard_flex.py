@@ -151,7 +151,7 @@ def block_mask(
         shows_any = torch.ones(1, 1, *shape, dtype=torch.bool, device=device).tril()
         shows_all, mask_mod = shows_any.tril(-1), _is_not_later
     else:
-        shows_any, shows_all = (blocks.expand(-1, -1, *shape) for blocks in once_per_mask(_visible_blocks, visible))
+        shows_any, shows_all = (blocks.expand(-1, -1, *shape) for blocks in _visible_blocks(visible))
         mask_mod = _look_up(visible.detach())
     # As `create_block_mask` has it, the ragged blocks at the ends are never in full view.
     shows_all = shows_all & whole_rows[:, None] & whole_columns
@@ -169,6 +169,7 @@ def _whole_blocks(length: int, device: torch.device) -> Tensor:
     return torch.arange(0, length, BLOCK_SIZE, device=device) <= length - BLOCK_SIZE
 
 
+@once_per_mask
 def _visible_blocks(visible: Tensor) -> tuple[Tensor, Tensor]:
     """In which blocks some score is visible and in which all are, `(B|1, H|1, Q blocks|1, K blocks)`."""
     rows = min(BLOCK_SIZE, visible.shape[-2])

@@ -109,10 +109,11 @@ def visible_sums(
         attention_mask = visible_keys(
             None, is_causal=True, query_length=query_length, key_length=key_length, device=device
         )
-    found = None if torch.compiler.is_compiling() else once_per_mask(_look_at, attention_mask)
+    found = None if torch.compiler.is_compiling() else _look_at(attention_mask)
     return found or _product(shown_keys(attention_mask))
 
 
+@once_per_mask
 def _look_at(attention_mask: Tensor) -> VisibleSums | None:
     """What a mask allows short of a product, if it does. Keeps nothing that would keep the mask itself alive."""
     bits = shown_keys(attention_mask).view(torch.uint8)

@@ -1,5 +1,6 @@
 """Who sees whom: visibility read off the masks that Transformers hands to an attention function."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,8 +14,9 @@ T = TypeVar("T")
 _found = WeakTensorKeyDictionary()
 
 
-def once_per_mask(find: Callable[..., T], mask: torch.Tensor, *args: Any) -> T:
-    """`find(mask, *args)`, kept for as long as the mask lives and stays as it is.
+def once_per_mask(find: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function of a mask and of what it is to find there: what it returns is kept for as long as the mask
+    lives and stays as it is.
 
     A model hands one and the same mask to all its layers, and activation checkpointing hands it over once more: what
     they have to know about it need not be found out by each of them. What was found goes when the mask goes, so `find`
@@ -23,15 +25,26 @@ def once_per_mask(find: Callable[..., T], mask: torch.Tensor, *args: Any) -> T:
     that shares the memory.) A compiled graph has no tensors to remember, and those of inference mode have no version.
     Threads do not share masks, and if they did, the worst would be that both of them find out.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or mask.is_inference():
-        return find(mask, *args)
-    version, known = _found.get(mask, (None, None))
-    if version != mask._version:
-        known = {}
-        _found[mask] = mask._version, known
-    if (find, *args) not in known:
-        known[find, *args] = find(mask, *args)
-    return known[find, *args]
+
+    @functools.wraps(find)
+    def find_once(attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> T:
+        if attention_mask is None or torch.compiler.is_compiling() or _has_no_version(attention_mask):
+            return find(attention_mask, *args, **kwargs)
+        version, known = _found.get(attention_mask, (None, None))
+        if version != attention_mask._version:
+            known = {}
+            _found[attention_mask] = attention_mask._version, known
+        question = (find, args, *kwargs.items())
+        if question not in known:
+            known[question] = find(attention_mask, *args, **kwargs)
+        return known[question]
+
+    return find_once
+
+
+def _has_no_version(mask: torch.Tensor) -> bool:
+    # What is made of a mask in inference mode could not train later, even where the mask itself could.
+    return torch.is_inference_mode_enabled() or mask.is_inference()
 
 
 def shown_keys(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -71,6 +84,7 @@ def visible_keys(
     return shown_keys(attention_mask)
 
 
+@once_per_mask
 def visible_neighbours(
     attention_mask: torch.Tensor | None,
     *,
@@ -109,21 +123,6 @@ def visible_neighbours(
             [ True,  True, False],
             [ True,  True, False]])
     """
-    settings = (width, is_causal, is_cross, query_length, key_length, device)
-    if attention_mask is None:
-        return _neighbours(None, *settings)
-    return once_per_mask(_neighbours, attention_mask, *settings)
-
-
-def _neighbours(
-    attention_mask: torch.Tensor | None,
-    width: int,
-    is_causal: bool,
-    is_cross: bool,
-    query_length: int,
-    key_length: int,
-    device: torch.device,
-) -> torch.Tensor:
     half = width // 2
     offset = torch.arange(-half, half + 1, device=device)
     neighbour = torch.arange(key_length, device=device)[:, None] + offset  # (K, W)

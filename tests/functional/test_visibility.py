@@ -26,29 +26,33 @@ class Counter:
 
 def test_it_is_found_once_for_each_mask_and_question() -> None:
     find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    assert [once_per_mask(find, mask) for _ in range(3)] == [9, 9, 9] and find.calls == 1
-    assert once_per_mask(find, mask, 2) == 18 and find.calls == 2
-    assert once_per_mask(find, mask.clone()) == 9 and find.calls == 3, "another mask that happens to hold the same"
-    assert once_per_mask(find, mask) == 9 and find.calls == 3
+    find_once = once_per_mask(find)
+    assert [find_once(mask) for _ in range(3)] == [9, 9, 9] and find.calls == 1
+    assert [find_once(mask, 2), find_once(mask, factor=3)] == [18, 27] and find.calls == 3
+    assert find_once(mask.clone()) == 9 and find.calls == 4, "another mask that happens to hold the same"
+    assert [find_once(mask), find_once(mask, 2), find_once(mask, factor=3)] == [9, 18, 27] and find.calls == 4
+    assert once_per_mask(lambda mask: -1)(mask) == -1, "another question"
 
 
 @pytest.mark.parametrize("through_a_view", [True, False])
 def test_a_change_in_place_is_noticed(through_a_view: bool) -> None:
     find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    once_per_mask(find, mask)
+    find_once = once_per_mask(find)
+    find_once(mask)
     (mask[..., 0] if through_a_view else mask).fill_(False)
-    assert once_per_mask(find, mask) == (6 if through_a_view else 0)
+    assert find_once(mask) == (6 if through_a_view else 0)
 
 
 def test_tensors_of_inference_mode_are_looked_at_each_time() -> None:
     find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    find_once = once_per_mask(find)
     with torch.inference_mode():
-        once_per_mask(find, mask)
+        find_once(mask)
         inside = mask.clone()
     for _ in range(2):
-        assert once_per_mask(find, inside) == 9
+        assert find_once(inside) == 9
     assert find.calls == 3
-    assert once_per_mask(find, mask) == 9 and find.calls == 4, "a tensor made in inference mode could not train"
+    assert find_once(mask) == 9 and find.calls == 4, "a tensor made in inference mode could not train"
 
 
 @pytest.mark.parametrize("kind", ["padding", "causal", "arbitrary"])
@@ -77,8 +81,8 @@ def test_the_layers_of_a_model_share_what_the_first_one_found(
     use_reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    original = visibility._neighbours
-    monkeypatch.setattr(visibility, "_neighbours", lambda *args: looks.append(1) or original(*args))
+    original = visibility.shown_keys
+    monkeypatch.setattr(visibility, "shown_keys", lambda mask: looks.append(1) or original(mask))
     model = build("bert", attention_drop=AttentionDropConfig(variant="blur")).train()
     if use_reentrant is not None:
         enable_checkpointing(model, use_reentrant=use_reentrant)
