@@ -109,11 +109,20 @@ def _rescaled(
 ) -> torch.Tensor:
     with torch.autocast(output.device.type, enabled=False):
         total = sums(value)
-    groups = total.shape[2], -1  # (Hkv, G)
-    rescaled = output * alpha.unsqueeze(-1)
-    grouped = rescaled.unflatten(2, groups)
-    grouped.addcmul_(beta.unflatten(2, groups).unsqueeze(-1), total.unsqueeze(3).to(rescaled.dtype))
+    dtype = torch.promote_types(output.dtype, alpha.dtype)
+    if _has_room(total, output):
+        rescaled = total.to(dtype).mul_(beta.unsqueeze(-1)).addcmul_(output, alpha.unsqueeze(-1))
+    else:
+        groups = total.shape[2], -1  # (Hkv, G)
+        rescaled = output * alpha.unsqueeze(-1)
+        grouped = rescaled.unflatten(2, groups)
+        grouped.addcmul_(beta.unflatten(2, groups).unsqueeze(-1), total.unsqueeze(3).to(dtype))
     return rescaled.to(output.dtype)
+
+
+def _has_room(total: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether sums, which nobody else wants, are as large as the output: fresh memory costs more than products do."""
+    return total.shape == output.shape and total.is_contiguous()
 
 
 class _Rescale(torch.autograd.Function):
@@ -134,13 +143,18 @@ class _Rescale(torch.autograd.Function):
         output, value, alpha, beta = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             gradient = gradient.to(alpha.dtype)
-            product = gradient * output  # One place for all products: fresh memory costs more than they do.
-            of_alpha = product.sum(dim=-1)
             total = ctx.sums(value)
             is_shared, groups = total.shape[1] == 1, (total.shape[2], -1)
-            by_group, grouped = gradient.unflatten(2, groups), product.unflatten(2, groups)
-            of_beta = torch.mul(by_group, total.unsqueeze(3), out=grouped).sum(dim=-1).flatten(2)
-            del total  # As large as the output.
+            by_group = gradient.unflatten(2, groups)
+            # One place for all products.
+            if _has_room(total, gradient):
+                product = total.to(gradient.dtype).mul_(gradient)
+            else:
+                product = (by_group * total.unsqueeze(3)).flatten(2, 3)
+            del total
+            of_beta = product.sum(dim=-1)
+            of_alpha = torch.mul(gradient, output, out=product).sum(dim=-1)
+            grouped = product.unflatten(2, groups)
             torch.mul(by_group, beta.unflatten(2, groups).unsqueeze(-1), out=grouped)
             of_total = product if grouped.shape[3] == 1 else grouped.sum(dim=3)
             if is_shared:

@@ -21,7 +21,8 @@ CHUNK = 32
 
 
 class _Map(Protocol):
-    """Sums over the keys and their adjoint, on `(B, heads, K, X)`; under a shared mask, heads may be part of `X`."""
+    """Sums over the keys, in memory of their own, and their adjoint, on `(B, heads, K, X)`; under a shared mask, heads
+    may be part of `X`."""
 
     def sums(self, states: Tensor) -> Tensor: ...
 
