@@ -85,21 +85,21 @@ def test_run_file_reproduces_the_run(recipe: ModuleType, tmp_path: Path) -> None
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_base_attention_computes_what_is_blurred_and_left_alone(recipe: ModuleType, tmp_path: Path) -> None:
+def test_base_attention_computes_what_is_blurred_and_left_alone(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     modes = set()
 
     def kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         modes.add(module.training)
         return sdpa_attention_forward(module, *args, **kwargs)
 
-    AttentionInterface.register("kernel", kernel)
-    AttentionMaskInterface.register("kernel", sdpa_mask)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "kernel", kernel)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "kernel", sdpa_mask)
     flags = ["--variant", "blur", "--base_attention", "kernel", "--max_steps", "1"]
     recipe.main([*flags, "--output_dir", str(tmp_path)])
     assert modes == {True, False}
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["base_attention"] == "kernel"
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        del interface._global_mapping["kernel"]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
