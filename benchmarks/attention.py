@@ -5,7 +5,8 @@
     python benchmarks/attention.py --cases bert-128 vit-197 --methods blur
 
 Times are ratios to SDPA with the same mask, in runs that take turns: medians, and quartiles in the JSON file. Memory
-is what one step adds to the peak, in a fresh process. Eager attention is left out where its weights do not fit.
+is what one step adds to the peak, on the CPU in a fresh process. Eager attention is left out where its weights do not
+fit.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes, ratio_to
+from measuring import alternating_milliseconds, hardware, measure_memory, peak_megabytes, ratio_to
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -146,7 +147,8 @@ def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Calla
 def memory(method: str, case: Case, dtype: torch.dtype, device: str, threads: int) -> float:
     """Extra peak memory of a step, gradients included."""
     torch.set_num_threads(threads)
-    make_step(method, Case(1, 2, 8, mask=case.mask), dtype, device)()  # loads what is loaded on first use
+    if device == "cpu":
+        make_step(method, Case(1, 2, 8, mask=case.mask), dtype, device)()  # loads what is loaded on first use
     return peak_megabytes(make_step(method, case, dtype, device), device)
 
 
@@ -226,7 +228,7 @@ def main() -> None:
     methods = {name: ["sdpa", *(m for m in arguments.methods if fits(m, known[name]))] for name in arguments.cases}
     # All memory first: a process that has done large work before would lend its free memory to its children.
     peaks = {
-        (name, method): in_fresh_process(memory, (method, known[name], dtype, device, arguments.threads), device)
+        (name, method): measure_memory(memory, (method, known[name], dtype, device, arguments.threads), device)
         for name in arguments.cases
         for method in methods[name]
     }

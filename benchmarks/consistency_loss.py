@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes
+from measuring import alternating_milliseconds, hardware, measure_memory, peak_megabytes
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -124,7 +124,7 @@ def main() -> None:
     for case in cases:
         for form in FORMS:
             settings = (form, *sizes, case["dtype"], case["divergence"], arguments.device)
-            case[form] = {"peak_mb": in_fresh_process(peak_of_step, settings, arguments.device)}
+            case[form] = {"peak_mb": measure_memory(peak_of_step, settings, arguments.device)}
     for case in cases:
         settings = (case["dtype"], case["divergence"], arguments.device, arguments.repeats)
         for form, median in median_milliseconds(*sizes, *settings).items():

@@ -1,6 +1,7 @@
 """What the benchmarks of time and memory share."""
 
 import ctypes
+import gc
 import multiprocessing
 import platform
 import statistics
@@ -29,6 +30,9 @@ def peak_megabytes(step: Callable[[], Any], device: str) -> float:
     """How far memory rises during a step above what was held before, in 10⁶ bytes. On the CPU the step must be the
     first large one of its process."""
     if device == "cuda":
+        step()  # Compiles kernels and allocates workspaces, which stay.
+        gc.collect()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -40,11 +44,12 @@ def peak_megabytes(step: Callable[[], Any], device: str) -> float:
     return resident_megabytes("VmHWM") - before
 
 
-def in_fresh_process(function: Callable[..., Any], arguments: tuple[Any, ...], device: str) -> Any:
-    """Calls a function in a process of its own. A forked one need not import everything again, but CUDA does not
-    survive a fork."""
-    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
-    with context.Pool(1) as pool:
+def measure_memory(function: Callable[..., float], arguments: tuple[Any, ...], device: str) -> float:
+    """Calls a function that measures memory, on the CPU in a forked process of its own. CUDA counts the bytes in use,
+    so one process can measure many steps there, and compiles each kernel once."""
+    if device == "cuda":
+        return function(*arguments)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 

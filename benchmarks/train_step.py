@@ -5,7 +5,7 @@
 
 A step is forward, backward and an AdamW update. Models have the widths of their originals; `--layers` and
 `--batch_size` scale them to the machine. Times are ratios to SDPA in runs that take turns: medians, with quartiles.
-Memory is what the first steps add to the peak, in a fresh process, model and optimizer included.
+Memory is what building a model and its first two steps add to the peak, on the CPU in a fresh process.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from measuring import alternating_milliseconds, hardware, in_fresh_process, peak_megabytes, ratio_to
+from measuring import alternating_milliseconds, hardware, measure_memory, peak_megabytes, ratio_to
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -183,7 +183,7 @@ def main() -> None:
 
     # All memory first: a process that has done large work before would lend its free memory to its children.
     models: dict[str, dict[str, Any]] = {
-        name: {method: {"peak_mb": in_fresh_process(memory, (name, method, arguments), device)} for method in methods}
+        name: {method: {"peak_mb": measure_memory(memory, (name, method, arguments), device)} for method in methods}
         for name in arguments.models
     }
     for name, rows in models.items():
