@@ -78,7 +78,7 @@ def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Modu
             "has no attention that goes through Transformers' attention interface",
             "would have no effect on it",
         )
-    if not model._supports_sdpa and any(map(_is_unmarked_decoder, modules)):
+    if any(map(_is_unmarked_decoder, modules)):
         raise _refusal(
             type(model),
             name,

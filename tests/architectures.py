@@ -5,11 +5,12 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -74,6 +75,7 @@ class Architecture(NamedTuple):
         model_class: name of the model class; by default the one of `AutoModel`.
         inputs: given the config, the inputs that differ from those of [`tiny_inputs`].
         supported: whether AttentionDrop works; otherwise the model must be refused.
+        since: the first version of Transformers with which it works.
         causal: whether no (decoder) token feels a later one.
         padded: whether it takes text with padding, which no token may feel.
     """
@@ -85,6 +87,23 @@ class Architecture(NamedTuple):
     supported: bool = True
     causal: bool = False
     padded: bool = False
+    since: str = "5"
+
+    @property
+    def works(self) -> bool:
+        return self.supported and Version(transformers.__version__) >= Version(self.since)
+
+
+# Before Transformers 5.20 a config class does not say which sub-configs it has by default, and an instance of these
+# needs arguments or other packages.
+_BERT_AS_DECODER = ("bert", {"is_decoder": True, "add_cross_attention": True})
+_RESNET = {"backbone_config": ("resnet", {"out_features": ["stage4"]})}
+_OLD_SUB_CONFIGS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    **_each("detr conditional_detr deformable_detr", _RESNET),
+    "encoder-decoder": {"encoder": ("bert", {}), "decoder": _BERT_AS_DECODER},
+    "vision-encoder-decoder": {"encoder": ("vit", {}), "decoder": _BERT_AS_DECODER},
+    "vision-text-dual-encoder": {"text_config": ("bert", {}), "vision_config": ("vit", {})},
+}
 
 
 def tiny_config(
@@ -98,14 +117,42 @@ def tiny_config(
         elif "drop" in field.name and type(field.default) is float:
             values[field.name] = 0.0
     values |= given
-    for name, spec in config_class.sub_configs_defaults.items():
-        if not spec.optional or name in given:
-            sub_given = dict(given.get(name, {}))
-            sub_class = spec.config_class
-            if sub_class is AutoConfig:
-                sub_class = CONFIG_MAPPING[sub_given.pop("model_type", spec.model_type)]
-            values[name] = tiny_config(sub_class, sub_given, spec.init_kwargs)
+    for name, sub_class, model_type, sub_defaults in _sub_configs(config_class, given):
+        sub_given = dict(given.get(name, {}))
+        if sub_class is AutoConfig:
+            sub_class = CONFIG_MAPPING[sub_given.pop("model_type", model_type)]
+        sub_config = tiny_config(sub_class, sub_given, sub_defaults)
+        # Old classes of pairs take dicts only.
+        values[name] = sub_config if hasattr(config_class, "sub_configs_defaults") else sub_config.to_dict()
     return config_class(**values)
+
+
+def _sub_configs(
+    config_class: type[PreTrainedConfig], given: dict[str, Any]
+) -> Iterator[tuple[str, type[PreTrainedConfig], str, dict[str, Any]]]:
+    """Name, class, model type and values of the sub-configs that a config has by default or by what was given."""
+    if hasattr(config_class, "sub_configs_defaults"):
+        for name, spec in config_class.sub_configs_defaults.items():
+            if not spec.optional or name in given:
+                yield name, spec.config_class, spec.model_type, spec.init_kwargs
+        return
+    if config_class.model_type in _OLD_SUB_CONFIGS:
+        for name, (model_type, values) in _OLD_SUB_CONFIGS[config_class.model_type].items():
+            yield name, AutoConfig, model_type, values
+        return
+    default = config_class()
+    for name, sub_class in config_class.sub_configs.items():
+        sub_config = getattr(default, name)
+        if sub_config is not None or name in given:
+            values = {} if sub_config is None else _changed_values(sub_config)
+            yield name, sub_class, getattr(sub_config, "model_type", ""), values
+
+
+def _changed_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """What differs from the defaults of the config's class."""
+    default = type(config)()
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
 
 
 def _like(default: Any, value: Any) -> Any:
@@ -267,7 +314,7 @@ _ENCODERS = """
     modernbert nomic_bert roberta roberta-prelayernorm splinter xlm-roberta xlm-roberta-xl
 """
 _ENCODER_DECODERS = """
-    bart blenderbot blenderbot-small longt5 m2m_100 marian mbart mt5 pegasus plbart switch_transformers t5 t5gemma umt5
+    bart blenderbot blenderbot-small longt5 m2m_100 marian mbart mt5 pegasus plbart switch_transformers t5 t5gemma
 """
 _IMAGES_AUDIO_AND_PAIRS = """
     beit clip_vision_model conditional_detr deformable_detr deit detr dinov2 dinov2_with_registers dpt ijepa maskformer
@@ -277,8 +324,8 @@ _IMAGES_AUDIO_AND_PAIRS = """
 """
 # Models that ignore the interface, or call it in one part and misread its masks in another.
 _REFUSED = """
-    big_bird bigbird_pegasus blip bloom canine codegen convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
-    flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese gptj groupvit ibert imagegpt led longformer luke
+    big_bird bigbird_pegasus blip bloom canine convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
+    flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese groupvit ibert imagegpt led longformer luke
     mamba markuplm megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
     resnet roformer sam_vision_model sew-d squeezebert table-transformer tapas vilt visual_bert vitdet wavlm xglm xlm
     xlnet yoso
@@ -299,6 +346,11 @@ _ROWS = [
     Architecture("mobilebert", {"trigram_input": False}, padded=True),
     Architecture("qwen3_5_text", _HYBRID, causal=True, padded=True),
     Architecture("qwen3_next", _HYBRID, causal=True, padded=True),
+    Architecture("codegen", causal=True, padded=True, since="5.24"),
+    Architecture("gptj", causal=True, padded=True, since="5.24"),
+    Architecture("layoutlmv3", {"coordinate_size": 4, "shape_size": 8}, since="5.24"),
+    # Before, its decoder is not marked causal, and stock SDPA lets it see later tokens.
+    Architecture("umt5", causal=True, padded=True, since="5.18"),
     Architecture("roc_bert", {"pronunciation_vocab_size": 100, "shape_vocab_size": 100}, padded=True),
     # Images and video
     Architecture("dinov3_vit", {"pos_embed_rescale": None}),
@@ -335,7 +387,6 @@ _ROWS = [
     # Refused
     Architecture("bros", {"hidden_size": 64}, supported=False),
     Architecture("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, supported=False),
-    Architecture("layoutlmv3", {"coordinate_size": 4, "shape_size": 8}, supported=False),
     Architecture("lilt", {"hidden_size": 48}, supported=False),
     Architecture("reformer", {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]}, supported=False),
     Architecture("speecht5", model_class="SpeechT5ForSpeechToText", supported=False),
@@ -347,5 +398,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert (decoder)": Architecture("bert", _CROSS, "BertLMHeadModel", _encoder_states, causal=True, padded=True),
     "gpt2 (with cross-attention)": Architecture("gpt2", _CROSS, inputs=_encoder_states, causal=True, padded=True),
 }
-SUPPORTED = [name for name, architecture in ARCHITECTURES.items() if architecture.supported]
-REFUSED = [name for name, architecture in ARCHITECTURES.items() if not architecture.supported]
+SUPPORTED = [name for name, architecture in ARCHITECTURES.items() if architecture.works]
+REFUSED = [name for name, architecture in ARCHITECTURES.items() if not architecture.works]
+# Model types that the installed Transformers does not have yet.
+ABSENT = [name for name, architecture in ARCHITECTURES.items() if architecture.model_type not in CONFIG_MAPPING]

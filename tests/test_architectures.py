@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from docs.generate_support_table import support_document
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
 
-from .architectures import ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
+from .architectures import ABSENT, ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
 
 
 EVERYWHERE = {"attentions": ("encoder_self", "decoder_self", "cross")}
@@ -50,7 +52,7 @@ OTHER_STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_st
 
 # They accept any implementation's name in silence.
 SILENT = """
-    mpnet longformer big_bird led bloom codegen mpt blip convbert layoutlmv3 rembert luke nystromformer roformer xglm
+    mpnet longformer big_bird led bloom mpt blip convbert rembert luke nystromformer roformer xglm
     deberta deberta-v2 swinv2 wavlm xlnet reformer prophetnet
 """
 
@@ -63,13 +65,19 @@ REWEIGHTED = [name for name in SUPPORTED if name not in NOT_REWEIGHTED + STOPPED
 PARTLY_AT_REST = "blip-2 conditional_detr detr llava maskformer mllama".split()
 
 
+def _case(name: str, *values: Any) -> Any:
+    version = transformers.__version__
+    marks = [pytest.mark.skip(reason=f"absent: Transformers {version} has no {name}")] if name in ABSENT else []
+    return pytest.param(name, *values, marks=marks, id="-".join([name, *(value.variant for value in values)]))
+
+
 def _cases(names: list[str]) -> Any:
-    return pytest.mark.parametrize("name", names)
+    return pytest.mark.parametrize("name", [_case(name) for name in names])
 
 
 def _variants(names: list[str]) -> Any:
-    cases = [(name, drop) for name in names for drop in (HARD, BLUR) if drop is HARD or name not in SOFTCAPPED]
-    return pytest.mark.parametrize(("name", "drop"), cases, ids=[f"{name}-{drop.variant}" for name, drop in cases])
+    cases = [_case(name, drop) for name in names for drop in (HARD, BLUR) if drop is HARD or name not in SOFTCAPPED]
+    return pytest.mark.parametrize(("name", "drop"), cases)
 
 
 def _run(model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -113,14 +121,17 @@ def _trained_with(name: str, drop: AttentionDropConfig) -> PreTrainedModel:
 
 
 def test_the_sweep_does_not_shrink() -> None:
-    assert len(SUPPORTED) >= 171
+    assert sum(architecture.supported for architecture in ARCHITECTURES.values()) >= 174
     assert len(ARCHITECTURES) >= 233
     assert set(SILENT.split()) <= set(REFUSED)
 
 
 def test_the_documented_table_is_what_the_models_do() -> None:
-    document = Path(__file__).parents[1] / "docs" / "supported_models.md"
-    assert document.read_text(encoding="utf-8") == support_document(), (
+    document = (Path(__file__).parents[1] / "docs" / "supported_models.md").read_text(encoding="utf-8")
+    version = Version(transformers.__version__)
+    if f"with Transformers {version.major}.{version.minor}." not in document:
+        pytest.skip("absent: the table is of another version of Transformers")
+    assert document == support_document(), (
         "docs/supported_models.md is out of date: run `python -m docs.generate_support_table`"
     )
 
@@ -136,7 +147,9 @@ def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
     stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=HARD).eval()
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
-    if stock.config._attn_implementation == "sdpa":
+    # Before Transformers 5.21 SDPA leaves out the cap of the scores, in silence.
+    is_faithful = name not in SOFTCAPPED or Version(transformers.__version__) >= Version("5.21")
+    if stock.config._attn_implementation == "sdpa" and is_faithful:
         assert not _differ(_run(stock, inputs), outputs)
     assert_close(outputs, _run(build(name, "eager").eval(), inputs), **TOLERANCE)
     assert all(row.calls == 0 for row in report(model).rows)
