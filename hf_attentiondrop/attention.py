@@ -9,6 +9,7 @@ from torch import nn
 from .base import AttentionCall, base_attention, is_recomputing
 from .blur import attend_blurred
 from .configuration import AttentionDropConfig
+from .functional import mixes_documents
 from .hard import attend_hard
 from .sites import SDPA
 
@@ -17,10 +18,13 @@ NAME = "attentiondrop"
 
 HONOURED = ("position_bias", "softcap", "s_aux", "sinks")
 # Tensors that travel along in `**kwargs` without a say in attention: positions are in the keys and the mask by now,
-# and the rest is for the loss.
-BYSTANDERS = ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
-# Where packed documents begin and end, for kernels that take no mask. Here a mask says so.
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")
+# and the rest is for kernels that take no mask, or for the loss.
+BYSTANDERS = (
+    *("position_ids", "cache_position", "max_length_q", "max_length_k"),
+    *("num_items_in_batch", "labels", "shift_labels"),
+)
+# Where packed documents begin and end, for kernels that take no mask. Here the mask has to say the same.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def attention_drop_forward(
@@ -55,7 +59,7 @@ def attention_drop_forward(
         ValueError: for a tensor argument that is not honoured, or a softcap under blur.
         RuntimeError: if the module never got its place in a model.
     """
-    _refuse_unknown_arguments(module, attention_mask, kwargs)
+    _refuse_unknown_arguments(module, query, attention_mask, kwargs)
     call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     return _attend(call, _perturbation(module, by_default=True))
 
@@ -86,7 +90,7 @@ def reweighted_attention_forward(
         ValueError: as [`attention_drop_forward`], and for hidden states that do not fit the queries.
         RuntimeError: if nothing was attached to the module, or no hidden states arrived.
     """
-    _refuse_unknown_arguments(module, attention_mask, kwargs)
+    _refuse_unknown_arguments(module, query, attention_mask, kwargs)
     call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     if not hasattr(module, "reweighting"):
         raise RuntimeError(
@@ -131,22 +135,26 @@ def _perturbation(module: nn.Module, *, by_default: bool) -> AttentionDropConfig
     return site.perturbation if by_default or site.is_configured else None
 
 
-def _refuse_unknown_arguments(module: nn.Module, mask: torch.Tensor | None, extras: dict[str, Any]) -> None:
+def _refuse_unknown_arguments(
+    module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, extras: dict[str, Any]
+) -> None:
     for name, value in extras.items():
-        if name in HONOURED or name in BYSTANDERS:
-            continue
-        if name in PACKING and (value is None or mask is not None or value.numel() <= 2):
-            continue
-        if isinstance(value, torch.Tensor) or (name == "cache" and value is not None):
-            remedy = (
-                "Pass position_ids that start anew with each document: Transformers makes the mask from them."
-                if name in PACKING
-                else 'Load this model with attn_implementation="sdpa" or "eager", or drop an argument of your own.'
-            )
+        if name in PACKING and isinstance(value, torch.Tensor):
+            if mixes_documents(mask, value, batch_size=len(query), length=query.shape[-2]):
+                raise ValueError(
+                    f"{type(module).__name__} passes `{name}` to its attention, which says that documents are packed "
+                    "into one row, and its mask lets them see each other: they would leak into each other. Pass "
+                    "position_ids that start anew with each document, no attention_mask, and use_cache=False: "
+                    "Transformers then makes the mask from them."
+                )
+        elif name not in HONOURED + BYSTANDERS and (
+            isinstance(value, torch.Tensor) or (name == "cache" and value is not None)
+        ):
             raise ValueError(
                 f"{type(module).__name__} passes `{name}` to its attention, which hf_attentiondrop does not honour: "
                 f"ignoring it would give wrong outputs. Arguments that are honoured: {', '.join(HONOURED)}, "
-                f"is_causal, output_attentions. {remedy}"
+                'is_causal, output_attentions. Load this model with attn_implementation="sdpa" or "eager", or '
+                "drop an argument of your own."
             )
 
 

@@ -21,7 +21,7 @@ from .functional import block_mask, once_per_mask
 
 FLEX = "flex_attention"
 # How packed documents reach FlashAttention, which reads them off the mask here.
-PACKING_OPTIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKING_OPTIONS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def can_be_base(name: str) -> bool:

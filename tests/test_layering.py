@@ -20,7 +20,7 @@ ALLOWED = {
     "base": {"functional", "kernels", "sites"},
     "blur": {"base", "configuration", "functional", "sites"},
     "hard": {"base", "configuration", "functional", "sites"},
-    "attention": {"base", "blur", "configuration", "hard", "sites"},
+    "attention": {"base", "blur", "configuration", "functional", "hard", "sites"},
     "reweighting": {"base", "functional", "reweighting_configuration"},
     "attach": {"reweighting", "reweighting_configuration", "sites"},
     "support": {"attention"},

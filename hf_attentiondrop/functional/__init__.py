@@ -14,7 +14,7 @@ from .hard_flex import block_mask, flex_hard_attention
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
 from .sums import VisibleSums, visible_sums
-from .visibility import once_per_mask, visible_keys, visible_neighbours
+from .visibility import mixes_documents, once_per_mask, visible_keys, visible_neighbours
 
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "gaussian_window",
     "hard_attention",
     "mask_top_scores",
+    "mixes_documents",
     "once_per_mask",
     "prepend_sink",
     "rescale_output",

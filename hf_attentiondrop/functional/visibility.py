@@ -144,3 +144,51 @@ def visible_neighbours(
     index = own.clamp(0, key_length - 1).expand(*visible.shape[:2], -1, -1)
     own_rows = visible.gather(-1, index) & (own >= 0) & (own < key_length)
     return own_rows if cached == 0 else torch.cat([seen[..., :cached, :] & in_order, own_rows], dim=-2)
+
+
+def mixes_documents(
+    attention_mask: torch.Tensor | None, packing: torch.Tensor, *, batch_size: int, length: int
+) -> bool:
+    """Whether a mask of self-attention lets packed documents see each other.
+
+    Args:
+        attention_mask: as in [`visible_keys`].
+        packing: which document each token belongs to, `(B|1, L)`; or where each document starts among all `B * L`
+            tokens and where the last one ends, `(documents + 1,)`.
+        batch_size: `B`.
+        length: `L`.
+
+    Returns:
+        Whether the first token of a document sees the last one of the document before it. In a compiled graph, which
+        cannot choose by what a tensor holds, only a missing mask counts.
+
+    Example:
+
+    >>> mixes_documents(torch.ones(4, 4).tril()[None, None] > 0, torch.tensor([0, 2, 4]), batch_size=1, length=4)
+    True
+    """
+    if packing.dim() == 1 and len(packing) <= 2:
+        return False
+    if attention_mask is None:
+        return packing.dim() == 1 or torch.compiler.is_compiling() or _names_several(packing)
+    if attention_mask.shape[-1] != length or torch.compiler.is_compiling():
+        return False
+    return _shows_across(attention_mask, packing, batch_size, length)
+
+
+# All layers get the same tensors, and the look at what they hold waits for the device.
+@once_per_mask
+def _names_several(documents: torch.Tensor) -> bool:
+    return bool((documents != documents[..., :1]).any())
+
+
+@once_per_mask
+def _shows_across(attention_mask: torch.Tensor, packing: torch.Tensor, batch_size: int, length: int) -> bool:
+    if packing.dim() == 1:
+        tokens = torch.arange(batch_size * length, device=packing.device)
+        starts = torch.isin(tokens, packing[1:-1]).view(batch_size, length)[:, 1:]
+        starts = starts & (packing[-1] == batch_size * length)  # Offsets among other tokens say nothing of these.
+    else:
+        starts = packing[:, 1:] != packing[:, :-1]
+    shown = shown_keys(attention_mask).expand(-1, -1, length, -1).diagonal(offset=-1, dim1=-2, dim2=-1)
+    return bool((shown & starts[:, None]).any())
