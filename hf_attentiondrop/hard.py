@@ -17,7 +17,15 @@ from torch.nn import functional as F
 
 from .base import AttentionCall, attend_if_any_key
 from .configuration import AttentionDropConfig
-from .functional import draw_hits, expand_heads, flex_hard_attention, hard_attention, mask_top_scores
+from .functional import (
+    draw_hits,
+    draw_ranks,
+    expand_heads,
+    flex_hard_attention,
+    hard_attention,
+    mask_top_scores,
+    num_visible_keys,
+)
 from .sites import SDPA
 
 
@@ -37,8 +45,9 @@ def attend_hard(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.T
     attend = _attention_without_score_matrix(call)
     if attend is None:
         return _zero_filled_attention(call, drop) if drop.fill == "zero" else _masked_attention(call, drop)
-    shape = *call.query.shape[:-1], min(drop.k, call.key.shape[-2])
-    drawn = torch.rand(shape, device=call.query.device) < call.strength
+    shape = *call.query.shape[:-1], call.key.shape[-2]
+    num_visible = num_visible_keys(call.mask, is_causal=call.causal, **call.lengths) if drop.fill == "mask" else None
+    drawn = draw_ranks(shape, num_visible, p=call.strength, k=drop.k, fill=drop.fill, device=call.query.device)
     states = (call.query, call.key, call.value)
     options = {"is_causal": call.causal, "scaling": call.scaling, "fill": drop.fill}
     return attend(*states, drawn, call.mask, **options), None

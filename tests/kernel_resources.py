@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from hf_attentiondrop.functional.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, _find_top_scores, _precision
 
 
-POINTERS = {"mask": "*u8", "index": "*i32", "num_visible": "*i32"}
+POINTERS = {"mask": "*u8", "index": "*i32"}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 

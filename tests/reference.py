@@ -40,6 +40,22 @@ def attend(
     return torch.einsum("bhqk,bhkd->bqhd", weights, value), weights
 
 
+def hits(
+    scores: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor, *, p: float, k: int, fill: str
+) -> torch.Tensor:
+    """Hard: which scores are hit, row by row; `uniform` `(B, H, Q, k)` holds the number drawn for each rank."""
+    hit = torch.zeros_like(visible)
+    for row in torch.cartesian_prod(*map(torch.arange, scores.shape[:-1])).tolist():
+        row = tuple(row)
+        ranked = [j for j in scores[row].argsort(descending=True).tolist() if visible[row][j]]
+        drawn = [rank for rank in range(min(k, len(ranked))) if uniform[row][rank] < p]
+        if fill == "mask" and drawn and len(drawn) == len(ranked):
+            drawn.remove(max(drawn, key=lambda rank: uniform[row][rank].item()))
+        for rank in drawn:
+            hit[(*row, ranked[rank])] = True
+    return hit
+
+
 def hit_scores(
     scores: torch.Tensor, visible: torch.Tensor, hits: torch.Tensor, fill: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

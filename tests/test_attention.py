@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from hf_attentiondrop import AttentionDropConfig, hard
 from hf_attentiondrop.attention import attention_drop_forward
-from hf_attentiondrop.functional import blocks, draw_hits
+from hf_attentiondrop.functional import blocks
 from hf_attentiondrop.sites import AttentionSite
 
 from . import reference
@@ -73,7 +73,8 @@ def expected(
     for bias in biases:
         scores = scores + bias
     if drop.variant == "hard":
-        hits = draw_hits(scores.detach(), visible, p=drop.p, k=drop.k, fill=drop.fill)
+        uniform = torch.rand(*scores.shape[:-1], min(drop.k, case.keys))
+        hits = reference.hits(scores.detach(), visible, uniform, p=drop.p, k=drop.k, fill=drop.fill)
         scores, visible = reference.hit_scores(scores, visible, hits, drop.fill)
     return reference.attend(scores, value, visible, sinks=sinks, dropout=dropout)
 
@@ -137,7 +138,7 @@ def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monk
 def test_dropout_in_blocks_is_that_of_the_module(fill: str, small_blocks: None) -> None:
     """The draws are another's than the definition's, and their mean is the same."""
     case = CASES_BY_NAME["float_with_bias"]
-    drop = replace(VARIANTS[fill], p=1.0)  # Then only dropout is left to chance.
+    drop = replace(VARIANTS[fill], p=1.0, k=1)  # Then only dropout is left to chance.
     module, tensors = make_module(case, drop), case.tensors()
     draws = torch.stack(
         [attention_drop_forward(module, *tensors, case.mask(), dropout=0.5, scaling=0.3)[0] for _ in range(200)]

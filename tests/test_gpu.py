@@ -9,7 +9,7 @@ from transformers import MarianMTModel
 
 from hf_attentiondrop import AttentionDropConfig, hard
 from hf_attentiondrop.attention import attention_drop_forward
-from hf_attentiondrop.functional import flex_hard_attention, hard_attention
+from hf_attentiondrop.functional import draw_ranks, flex_hard_attention, hard_attention, num_visible_keys
 
 from .cases import CASES, CASES_BY_NAME, AttentionCase
 from .models import build, enable_checkpointing, inputs
@@ -85,7 +85,9 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
             for _ in range(2)
         )
         visible = None if mask is None else mask(length)
-        drawn = torch.rand(2, 4, length, 5, device="cuda") < 0.5
+        lengths = {"query_length": length, "key_length": length, "device": query.device}
+        num_visible = num_visible_keys(visible, is_causal=mask is None, **lengths)
+        drawn = draw_ranks((2, 4, length, length), num_visible, p=0.5, k=5, fill=fill, device="cuda")
         results = []
         for attend, device in ((flex_hard_attention, "cuda"), (hard_attention, "cpu")):
             states = [

@@ -8,13 +8,13 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .blur import blur_keys, gaussian_window
 from .gate import gate_output
-from .hard import FILLS, draw_hits, mask_top_scores
+from .hard import FILLS, draw_hits, draw_ranks, mask_top_scores
 from .hard_blocks import hard_attention
 from .hard_flex import block_mask, flex_hard_attention
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
 from .sums import VisibleSums, visible_sums
-from .visibility import mixes_documents, once_per_mask, visible_keys, visible_neighbours
+from .visibility import mixes_documents, num_visible_keys, once_per_mask, visible_keys, visible_neighbours
 
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "block_mask",
     "blur_keys",
     "draw_hits",
+    "draw_ranks",
     "expand_heads",
     "flex_hard_attention",
     "gate_output",
@@ -36,6 +37,7 @@ __all__ = [
     "hard_attention",
     "mask_top_scores",
     "mixes_documents",
+    "num_visible_keys",
     "once_per_mask",
     "prepend_sink",
     "rescale_output",

@@ -55,13 +55,6 @@ class Block:
         rows = _length(self.heads) // kv_heads * _length(self.queries)
         return self.buffers[number, : kv_heads * rows * keys].view(kv_heads, rows, keys)
 
-    def num_visible(self) -> Tensor | int:
-        """How many keys each row sees, `(kv_heads, rows, 1)`."""
-        if self.visible is None:
-            return _length(self.keys)
-        counts = self.visible.sum(dim=-1) + (_length(self.keys) - self.visible.shape[-1])
-        return counts.reshape(_length(self.kv_heads), -1, 1)
-
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """`(kv_heads, rows, keys)` from scaled queries, hidden ones -inf, in the first buffer."""
         scores = torch.bmm(queries, keys.mT, out=self.buffer(0))

@@ -15,46 +15,80 @@ def draw_hits(
         scores: `(B, H, Q, K)`, final scores (see [`~functional.attention_scores`]), best in float32: ties in half
             precision are broken anyhow.
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all. Hidden keys are never hit.
-        p: hit probability in [0, 1].
-        k: how many scores of a row are candidates, at least 1.
-        fill: with `"mask"` a row that would lose every visible key loses none, so its weights stay a distribution.
+        p, k, fill: as in [`draw_ranks`].
 
     Returns:
-        Boolean `(B, H, Q, K)`, true where hit. Draws `(B, H, Q, min(k, K))` uniform numbers from the global generator.
+        Boolean `(B, H, Q, K)`, true where hit.
 
     Example:
 
     >>> draw_hits(torch.tensor([[[[3.0, 1.0, 2.0]]]]), None, p=1.0, k=2)
     tensor([[[[ True, False,  True]]]])
     """
+    num_visible = None
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    drawn = torch.rand(*scores.shape[:-1], min(k, scores.shape[-1]), device=scores.device) < p
-    num_visible = scores.shape[-1] if visible is None else visible.sum(dim=-1, keepdim=True)
-    index, hit = hit_top_scores(scores, drawn, num_visible, fill=fill)
+        num_visible = visible.sum(dim=-1, keepdim=True)
+    drawn = draw_ranks(scores.shape, num_visible, p=p, k=k, fill=fill, device=scores.device)
+    index, hit = hit_top_scores(scores, drawn)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, hit)
 
 
-def hit_top_scores(
-    scores: torch.Tensor, drawn: torch.Tensor, num_visible: torch.Tensor | int, *, fill: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_ranks(
+    shape: torch.Size,
+    num_visible: torch.Tensor | None,
+    *,
+    p: float | torch.Tensor,
+    k: int,
+    fill: str = "mask",
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Draws which ranks are hit, each of the `k` highest with probability `p`: it takes no scores to know.
+
+    Args:
+        shape: that of the scores, `(B, H, Q, K)`.
+        num_visible: how many keys each query sees, `(B|1, H|1, Q|1, 1)`; `None` if all see all.
+        p: hit probability in [0, 1].
+        k: how many scores of a row are candidates, at least 1.
+        fill: with `"mask"` a row that would lose every visible key keeps one of them, drawn uniformly.
+        device: where to draw.
+
+    Returns:
+        Boolean `(B, H, Q, min(k, K))`, true where the visible score of that rank is hit, from the highest down; so it
+        means the same scores however many hidden ones stand beside them. Draws as many uniform numbers from the global
+        generator.
+
+    Example:
+
+    >>> draw_ranks((1, 1, 3, 4), torch.tensor([4, 2, 1]).view(1, 1, 3, 1), p=1.0, k=2).sum(dim=-1)
+    tensor([[[2, 1, 0]]])
+    """
+    *rows, num_keys = shape
+    num_ranks = min(k, num_keys)
+    uniform = torch.rand(*rows, num_ranks, device=device)
+    drawn = uniform < p
+    if fill == "zero" or (num_visible is None and num_ranks < num_keys):
+        return drawn
+    rank = torch.arange(num_ranks, device=device)
+    num_visible = num_keys if num_visible is None else num_visible
+    # Where all were hit, their numbers are uniform below p, and the highest of them is any one's with equal chance.
+    highest, spared = uniform.masked_fill(rank >= num_visible, -1.0).max(dim=-1, keepdim=True)
+    loses_all = (highest < p) & (num_visible <= num_ranks)
+    return drawn & ~(loses_all & (rank == spared))
+
+
+def hit_top_scores(scores: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which scores a draw hits.
 
     Args:
         scores: `(..., rows, K)`, hidden ones at -inf.
-        drawn: boolean `(..., rows, k)`, true where the score of that rank is to be hit, from the highest down: so it
-            means the same scores however many hidden ones stand beside them.
-        num_visible: how many keys each row sees, `(..., rows, 1)`.
-        fill: as in [`draw_hits`].
+        drawn: boolean `(..., rows, k)`, see [`draw_ranks`].
 
     Returns:
         The indices of the `k` highest scores of each row, and which of them are hit: `(..., rows, k)` both.
     """
     top = scores.topk(drawn.shape[-1], dim=-1)
-    hit = drawn & (top.values > -torch.inf)
-    if fill == "mask":
-        hit = hit & (hit.sum(dim=-1, keepdim=True) < num_visible)
-    return top.indices, hit
+    return top.indices, drawn & (top.values > -torch.inf)
 
 
 def fill_hits(scores: torch.Tensor, index: torch.Tensor, hit: torch.Tensor, fill: float) -> torch.Tensor:
@@ -77,9 +111,10 @@ def mask_top_scores(
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
         p: hit probability in [0, 1].
         k: candidates per row, at least 1.
-        fill: `"mask"` replaces a hit score by -inf: the key is dropped and the others are renormalised. `"zero"`
-            replaces it by 0, the paper's formula `L' = M·L`: this *raises* the weight of a key whose score was
-            negative, and it depends on a constant shift of the scores.
+        fill: `"mask"` replaces a hit score by -inf: the key is dropped and the others are renormalised; where every
+            visible key of a row was hit, one of them, drawn uniformly, is kept. `"zero"` replaces it by 0, the paper's
+            formula `L' = M·L`: this *raises* the weight of a key whose score was negative, and it depends on a
+            constant shift of the scores.
 
     Returns:
         `(B, H, Q, K)`: hit scores replaced, hidden ones -inf. No gradient flows into either.

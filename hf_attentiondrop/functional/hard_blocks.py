@@ -35,7 +35,8 @@ def hard_attention(
         query: `(B, H, Q, D)`.
         key: `(B, Hkv, K, D)`.
         value: `(B, Hkv, K, Dv)`.
-        drawn: boolean `(B, H, Q, k)`, true where the visible score of that rank is to be hit.
+        drawn: boolean `(B, H, Q, k)`, true where the visible score of that rank is to be hit. With `fill="mask"` it
+            must leave every query one of the keys that it sees, as [`draw_ranks`] does.
         mask: boolean (true = may attend) or additive, `(B|1, H|1, Q|1, K)`, see [`visible_keys`]; `None` leaves
             causality alone to decide.
         is_causal: without a mask, query `i` sees keys `0..i`.
@@ -93,7 +94,7 @@ def _attend(
             values = block.keys_of(value).to(dtype)
             scores = block.scores(block.rows_of(query).to(dtype) * scaling, block.keys_of(key).to(dtype))
             ranks = slice(min(drawn.shape[-1], scores.shape[-1]))
-            candidates = hit_top_scores(scores, block.rows_of(drawn)[..., ranks], block.num_visible(), fill=fill)
+            candidates = hit_top_scores(scores, block.rows_of(drawn)[..., ranks])
             weights = block.weights(scores, *candidates, fill)
             block.store(block.dropped(weights, out=weights) @ values, output.transpose(1, 2))
             block.store(candidates[0], index[..., ranks])

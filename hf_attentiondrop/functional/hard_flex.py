@@ -54,10 +54,8 @@ def flex_hard_attention(
     # Under autocast, rotary embeddings may have made float32 of queries and keys.
     query, key = query.to(value.dtype), key.to(value.dtype)
     is_causal = is_causal and visible is None and query.shape[-2] > 1
-    index, num_visible = top_score_indices(query.detach(), key.detach(), drawn.shape[-1], visible, is_causal)
+    index = top_score_indices(query.detach(), key.detach(), drawn.shape[-1], visible, is_causal)
     hit = drawn & (index >= 0)
-    if fill == "mask":
-        hit = hit & (hit.sum(dim=-1, keepdim=True) < num_visible)
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     output = attend(
         query,

@@ -18,7 +18,7 @@ KEYS_PER_TILE = 32
 @torch.library.custom_op("hf_attentiondrop::top_score_indices", mutates_args=())
 def top_score_indices(
     query: Tensor, key: Tensor, k: int, visible: Tensor | None = None, is_causal: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Finds each query's `k` highest visible scores, in O(Q·k) memory.
 
     Args:
@@ -29,11 +29,10 @@ def top_score_indices(
         is_causal: whether query `i` sees no key after `i`, of those that are visible.
 
     Returns:
-        The keys of these scores from the highest down, `(B, H, Q, k)`, -1 where a query sees fewer; and how many keys
-        each query sees, `(B, H, Q, 1)`; both int32. Scores are ranked in float32, ties in any order, and not scaled:
-        a positive factor changes no rank.
+        The keys of these scores from the highest down, int32 `(B, H, Q, k)`, -1 where a query sees fewer. Scores are
+        ranked in float32, ties in any order, and not scaled: a positive factor changes no rank.
     """
-    index, num_visible = _empty_results(query, key, k)
+    index = _empty_result(query, key, k)
     batch_size, num_heads, num_queries, size = query.shape
     rows = QUERIES_PER_TILE[query.dtype]
     precision = _precision(query.dtype)
@@ -52,7 +51,6 @@ def top_score_indices(
             key,
             mask,
             index,
-            num_visible,
             *query.stride(),
             *key.stride(),
             *mask_strides,
@@ -70,13 +68,12 @@ def top_score_indices(
             ROWS=rows,
             COLUMNS=KEYS_PER_TILE,
         )
-    return index, num_visible
+    return index
 
 
 @top_score_indices.register_fake
-def _empty_results(query: Tensor, key: Tensor, k: int, *others: object) -> tuple[Tensor, Tensor]:
-    rows = query.shape[:-1]
-    return query.new_empty(*rows, k, dtype=torch.int32), query.new_empty(*rows, 1, dtype=torch.int32)
+def _empty_result(query: Tensor, key: Tensor, k: int, *others: object) -> Tensor:
+    return query.new_empty(*query.shape[:-1], k, dtype=torch.int32)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -90,7 +87,6 @@ def _find_top_scores(
     key,
     mask,
     index,
-    num_visible,
     query_stride_b,
     query_stride_h,
     query_stride_q,
@@ -140,7 +136,6 @@ def _find_top_scores(
     best = tl.full([ROWS, PADDED_K], -float("inf"), tl.float32)
     best = tl.where(slots < K, best, float("inf"))
     best_keys = tl.full([ROWS, PADDED_K], -1, tl.int32)
-    counts = tl.zeros([ROWS], tl.int32)
 
     end = num_keys
     if IS_CAUSAL:
@@ -154,9 +149,7 @@ def _find_top_scores(
         if HAS_MASK:
             mask_offsets = rows[:, None].to(tl.int64) * mask_stride_q + columns[None, :].to(tl.int64) * mask_stride_k
             visible = visible & (tl.load(mask + mask_offsets, mask=visible, other=0) != 0)
-        num_new = tl.sum(visible.to(tl.int32), 1)
-        counts += num_new
-        if tl.max(num_new, 0) > 0:
+        if tl.max(tl.max(visible.to(tl.int32), 1), 0) > 0:
             key_offsets = columns[:, None].to(tl.int64) * key_stride_k + components * key_stride_d
             keys = tl.load(key + key_offsets, mask=is_column[:, None] & is_component, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
@@ -164,7 +157,6 @@ def _find_top_scores(
             best, best_keys = _keep_best(scores, start, best, best_keys, PADDED_K, COLUMNS)
 
     row = row.to(tl.int64) * num_queries + rows
-    tl.store(num_visible + row, counts, mask=is_row)
     best = tl.where(slots < K, best, -float("inf"))
     for rank in range(K):
         _, slot = tl.max(best, 1, return_indices=True)

@@ -85,6 +85,27 @@ def visible_keys(
 
 
 @once_per_mask
+def num_visible_keys(
+    attention_mask: torch.Tensor | None, *, is_causal: bool, query_length: int, key_length: int, device: torch.device
+) -> torch.Tensor | None:
+    """How many keys each query sees: integers `(B|1, H|1, Q|1, 1)`, or `None` where every query sees every key.
+
+    Args:
+        attention_mask, is_causal, query_length, key_length, device: as in [`visible_keys`].
+
+    Example:
+
+    >>> num_visible_keys(None, is_causal=True, query_length=3, key_length=2, device=torch.device("cpu")).flatten()
+    tensor([1, 2, 2])
+    """
+    if attention_mask is not None:
+        return shown_keys(attention_mask).sum(dim=-1, keepdim=True)
+    if not is_causal or query_length == 1:
+        return None
+    return torch.arange(1, query_length + 1, device=device).clamp(max=key_length).view(1, 1, -1, 1)
+
+
+@once_per_mask
 def visible_neighbours(
     attention_mask: torch.Tensor | None,
     *,

@@ -35,12 +35,39 @@ def test_only_visible_keys_are_hit_and_one_survives(case: AttentionCase, fill: s
             assert ((visible & ~hits).any(dim=-1) == visible.any(dim=-1)).all()
 
 
-def test_a_row_keeps_everything_when_it_would_lose_everything() -> None:
-    visible = torch.tensor([[True, True, False, False], [True, True, True, False]])[None, None]
-    hits = draw_hits(torch.randn(1, 1, 2, 4), visible, p=1.0, k=3)
-    assert not hits.any()
-    hits = draw_hits(torch.randn(1, 1, 2, 4), visible, p=1.0, k=2)
-    assert hits.sum(dim=-1).tolist() == [[[0, 2]]]
+def test_a_row_that_would_lose_everything_keeps_one_key() -> None:
+    visible = torch.tensor([[True, True, False, False], [True, True, True, False], [False] * 4])[None, None]
+    hits = draw_hits(torch.randn(1, 1, 3, 4), visible, p=1.0, k=3)
+    assert hits.sum(dim=-1).tolist() == [[[1, 2, 0]]]
+    hits = draw_hits(torch.randn(1, 1, 3, 4), visible, p=1.0, k=2)
+    assert hits.sum(dim=-1).tolist() == [[[1, 2, 0]]]
+
+
+@pytest.mark.parametrize("num_visible", [2, 4, None])
+def test_the_key_that_is_kept_is_drawn_uniformly(num_visible: int | None) -> None:
+    visible = None if num_visible is None else (torch.arange(5) < num_visible).view(1, 1, 1, 5)
+    hits = draw_hits(torch.randn(8, 4, 500, 5), visible, p=1.0, k=5)
+    length = num_visible or 5
+    kept = (~hits[..., :length]).double()
+    assert (kept.sum(dim=-1) == 1).all()
+    assert all(within_four_standard_errors(kept[..., key], 1 / length) for key in range(length))
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 4, 5, 6, 9])
+def test_the_share_that_is_dropped_grows_with_p(num_keys: int) -> None:
+    """And equals `p` among the candidates of a row with more than `k` keys, also where only the last are hidden."""
+    scores = torch.randn(8, 4, 500, 9)
+    visible = (torch.arange(9) < num_keys).view(1, 1, 1, 9)
+    candidates = min(num_keys, 5)
+    shares = []
+    for p in (0.0, 0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.0):
+        num_hits = draw_hits(scores, visible, p=p, k=5).sum(dim=-1).double()
+        shares.append(num_hits.mean().item() / candidates)
+        most = candidates if num_keys > 5 else num_keys - 1
+        wanted = p if num_keys > 5 else p - p**num_keys / num_keys
+        error = (p * (1 - p) / num_hits.numel() / candidates) ** 0.5
+        assert abs(shares[-1] - wanted) <= 4 * error + 1e-9 and num_hits.max() <= most
+    assert shares == sorted(shares) and (num_keys == 1) == (shares[-1] == 0)
 
 
 def test_the_zero_fill_hits_whole_rows_too() -> None:

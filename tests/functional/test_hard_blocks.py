@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import blocks, hard_attention, mask_top_scores
+from hf_attentiondrop.functional import blocks, draw_ranks, hard_attention, mask_top_scores
 
 from ..cases import CASES_BY_NAME
 
@@ -26,9 +26,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def attend(name: str, fill: str, dropout: float = 0.0) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
     """Hard attention on a mask of the table, as a function of query, key and value alone, and these."""
     case = CASES_BY_NAME[name]
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.rand(case.batch_size, case.heads, case.queries, 3, generator=generator) < 0.5
-    mask = case.mask()
+    drawn, mask = case.drawn(fill), case.mask()
     tensors = tuple(tensor[..., :4].requires_grad_() for tensor in case.tensors())
 
     def function(*states: torch.Tensor) -> torch.Tensor:
@@ -51,7 +49,7 @@ def test_gradients_are_the_slopes(name: str, fill: str, dropout: float) -> None:
 )
 def test_the_operator_keeps_the_rules_of_torch(name: str, dropout: float, fill: str) -> None:
     case, (_, tensors) = CASES_BY_NAME[name], attend(name, fill)
-    drawn, seed = torch.rand(3, 4, 9, 3) < 0.5, torch.tensor(5) if dropout else None
+    drawn, seed = case.drawn(fill), torch.tensor(5) if dropout else None
     operator = torch.ops.hf_attentiondrop.hard_attention.default
     torch.library.opcheck(operator, (*tensors, drawn, case.mask(), seed, case.is_causal, 0.5, fill, dropout))
 
@@ -61,7 +59,7 @@ def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tenso
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     value = torch.eye(case.keys, dtype=torch.float64).expand(case.batch_size, case.kv_heads, -1, -1)
-    drawn = torch.rand(case.batch_size, case.heads, case.queries, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    drawn = case.drawn(fill)
     options = {"is_causal": case.is_causal, "fill": fill, "dropout": dropout}
     results = [hard_attention(query, key, value, drawn, case.mask(), **options) for _ in range(draws)]
     return torch.stack(results).transpose(2, 3)
@@ -160,10 +158,10 @@ def test_checkpointing_repeats_the_draw(fill: str, dropout: float, use_reentrant
 @pytest.mark.parametrize("name", ["none", "float_with_bias"])
 def test_compiled_in_one_graph_it_draws_the_same(name: str) -> None:
     tensors = attend(name, "mask")[1]
-    mask = CASES_BY_NAME[name].mask()
+    mask, num_visible = CASES_BY_NAME[name].mask(), CASES_BY_NAME[name].visible.sum(dim=-1, keepdim=True)
 
     def total(*states: torch.Tensor) -> torch.Tensor:
-        drawn = torch.rand(3, 4, 9, 3) < 0.5
+        drawn = draw_ranks((3, 4, 9, 9), num_visible, p=0.5, k=3)
         return hard_attention(*states, drawn, mask, dropout=0.3).square().sum()
 
     torch._dynamo.reset()
