@@ -84,8 +84,9 @@ class AttentionDropConfig(Configuration):
         p (`float`, defaults to 0.1):
             Hard: probability in [0, 1] with which each of the `k` highest scores of a query is hit. The paper reports
             a loss of more than two points above 0.5.
-        k (`int`, defaults to 5):
-            Hard: how many of the highest visible scores of a query can be hit, at least 1.
+        k (`int` or `float`, defaults to 5):
+            Hard: how many of the highest visible scores of a query can be hit, an integer of at least 1; or which
+            share of the keys that it sees, a float between 0 and 1, rounded up for each query.
         fill (`str`, defaults to `"mask"`):
             Hard: what a hit score becomes. `"mask"` is -inf: the key is dropped. `"zero"` is 0, the paper's formula,
             which raises the weight of a key whose score was negative and depends on a constant shift of the scores.
@@ -113,7 +114,7 @@ class AttentionDropConfig(Configuration):
 
     variant: str = "hard"
     p: float = 0.1
-    k: int = 5
+    k: int | float = 5
     fill: str = "mask"
     sigma_max: float = 1.0
     width: int = 5
@@ -131,9 +132,10 @@ class AttentionDropConfig(Configuration):
         )
         self._require(
             "k",
-            lambda k: is_integer(k) and k >= 1,
-            "an integer >= 1",
-            "It is the number of highest scores that can be hit in a row; 5 is the paper's.",
+            lambda k: (is_integer(k) and k >= 1) or (isinstance(k, float) and 0 < k < 1),
+            "an integer >= 1 or a share between 0 and 1",
+            "It is the number of highest scores that can be hit in a row, such as 5, the paper's, or the share of the "
+            "row's visible keys, such as 0.1.",
         )
         self._require("fill", FILLS.__contains__, f"one of {FILLS}", "It decides what a hit score becomes.")
         self._require(

@@ -24,6 +24,7 @@ from .functional import (
     flex_hard_attention,
     hard_attention,
     mask_top_scores,
+    num_candidates,
     num_visible_keys,
 )
 from .sites import SDPA
@@ -37,23 +38,27 @@ FEW_SCORES = 256 * 256
 FLEX_ATTENTION_BEYOND = {"cuda": 512 * 512}
 FLEX_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLEX_ATTENTION_SIZES = range(16, 129)
+# Candidates of a row that the kernel which finds them can keep in registers.
+FLEX_ATTENTION_CANDIDATES = 64
 HAS_TRITON = find_spec("triton") is not None
 
 
 def attend_hard(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The base attention with some of each query's highest scores hit."""
-    attend = _attention_without_score_matrix(call)
+    attend = _attention_without_score_matrix(call, drop)
     if attend is None:
         return _zero_filled_attention(call, drop) if drop.fill == "zero" else _masked_attention(call, drop)
     shape = *call.query.shape[:-1], call.key.shape[-2]
-    num_visible = num_visible_keys(call.mask, is_causal=call.causal, **call.lengths) if drop.fill == "mask" else None
+    num_visible = num_visible_keys(call.mask, is_causal=call.causal, **call.lengths)
     drawn = draw_ranks(shape, num_visible, p=call.strength, k=drop.k, fill=drop.fill, device=call.query.device)
     states = (call.query, call.key, call.value)
     options = {"is_causal": call.causal, "scaling": call.scaling, "fill": drop.fill}
     return attend(*states, drawn, call.mask, **options), None
 
 
-def _attention_without_score_matrix(call: AttentionCall) -> Callable[..., torch.Tensor] | None:
+def _attention_without_score_matrix(
+    call: AttentionCall, drop: AttentionDropConfig
+) -> Callable[..., torch.Tensor] | None:
     """What attends without a score matrix, where that is better and nothing but a mask shapes the scores."""
     if call.wants_eager or call.sink is not None or call.extras.get("position_bias") is not None:
         return None
@@ -61,16 +66,18 @@ def _attention_without_score_matrix(call: AttentionCall) -> Callable[..., torch.
     device, has_constant_mask = call.query.device.type, call.mask is None or not call.mask.requires_grad
     if device == "cpu" and num_scores > FEW_SCORES and has_constant_mask:
         return partial(hard_attention, dropout=call.dropout)
-    if num_scores > FLEX_ATTENTION_BEYOND.get(device, math.inf) and _flex_attention_can(call):
+    if num_scores > FLEX_ATTENTION_BEYOND.get(device, math.inf) and _flex_attention_can(call, drop):
         return flex_hard_attention
     return None
 
 
-def _flex_attention_can(call: AttentionCall) -> bool:
+def _flex_attention_can(call: AttentionCall, drop: AttentionDropConfig) -> bool:
     """Whether FlexAttention, which has no dropout of attention weights, can do it."""
     has_size = all(states.shape[-1] in FLEX_ATTENTION_SIZES for states in (call.query, call.value))
     is_boolean = call.mask is None or call.mask.dtype == torch.bool
-    return HAS_TRITON and has_size and is_boolean and call.value.dtype in FLEX_ATTENTION_DTYPES and call.dropout == 0
+    has_room = num_candidates(drop.k, call.key.shape[-2]) <= FLEX_ATTENTION_CANDIDATES
+    has_dtype = call.value.dtype in FLEX_ATTENTION_DTYPES
+    return HAS_TRITON and has_size and is_boolean and has_dtype and has_room and call.dropout == 0
 
 
 def _masked_attention(call: AttentionCall, drop: AttentionDropConfig) -> tuple[torch.Tensor, torch.Tensor | None]:

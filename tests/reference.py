@@ -1,5 +1,8 @@
 """The definitions, as plainly as they read, on materialised scores. Slow on purpose; float64 in the tests."""
 
+import math
+from fractions import Fraction
+
 import torch
 from torch.nn import functional as F
 
@@ -41,14 +44,15 @@ def attend(
 
 
 def hits(
-    scores: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor, *, p: float, k: int, fill: str
+    scores: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor, *, p: float, k: float, fill: str
 ) -> torch.Tensor:
     """Hard: which scores are hit, row by row; `uniform` `(B, H, Q, k)` holds the number drawn for each rank."""
     hit = torch.zeros_like(visible)
     for row in torch.cartesian_prod(*map(torch.arange, scores.shape[:-1])).tolist():
         row = tuple(row)
         ranked = [j for j in scores[row].argsort(descending=True).tolist() if visible[row][j]]
-        drawn = [rank for rank in range(min(k, len(ranked))) if uniform[row][rank] < p]
+        candidates = min(k, len(ranked)) if k >= 1 else math.ceil(Fraction(str(k)) * len(ranked))
+        drawn = [rank for rank in range(candidates) if uniform[row][rank] < p]
         if fill == "mask" and drawn and len(drawn) == len(ranked):
             drawn.remove(max(drawn, key=lambda rank: uniform[row][rank].item()))
         for rank in drawn:

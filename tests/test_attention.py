@@ -1,5 +1,6 @@
 """The attention function against the float64 definitions: output, gradients and weights, for every kind of mask."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from .cases import CASES, CASES_BY_NAME, AttentionCase
 VARIANTS = {
     "hard_mask": AttentionDropConfig(variant="hard", p=0.5, k=3),
     "hard_zero": AttentionDropConfig(variant="hard", p=0.5, k=3, fill="zero"),
+    "hard_share": AttentionDropConfig(variant="hard", p=0.7, k=0.3),
     "blur": AttentionDropConfig(variant="blur", sigma_max=2.0, width=5),
 }
 SOFTCAP = 2.0
@@ -73,7 +75,8 @@ def expected(
     for bias in biases:
         scores = scores + bias
     if drop.variant == "hard":
-        uniform = torch.rand(*scores.shape[:-1], min(drop.k, case.keys))
+        num_ranks = min(drop.k, case.keys) if drop.k >= 1 else math.ceil(drop.k * case.keys)
+        uniform = torch.rand(*scores.shape[:-1], num_ranks)
         hits = reference.hits(scores.detach(), visible, uniform, p=drop.p, k=drop.k, fill=drop.fill)
         scores, visible = reference.hit_scores(scores, visible, hits, drop.fill)
     return reference.attend(scores, value, visible, sinks=sinks, dropout=dropout)
@@ -108,7 +111,7 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, variant
     check_against_the_definition(case, VARIANTS[variant], dropout)
 
 
-@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
+@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero", "hard_share"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_blocks_equal_the_definition(case: AttentionCase, variant: str, small_blocks: None) -> None:
     check_against_the_definition(case, VARIANTS[variant], dropout=0.0)

@@ -1,5 +1,6 @@
 """torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from .models import build, enable_checkpointing, inputs
 DROPS = {
     "hard_mask": AttentionDropConfig(p=0.5, k=3),
     "hard_zero": AttentionDropConfig(p=0.5, k=3, fill="zero"),
+    "hard_share": AttentionDropConfig(p=0.5, k=0.3),
     "blur": AttentionDropConfig(variant="blur", sigma_max=1.5),
 }
 
@@ -24,8 +26,13 @@ def fresh_compiler() -> None:
     counters.clear()
 
 
-@pytest.mark.parametrize("variant", DROPS)
-@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *itertools.product(["bert", "vit", "marian", "llama"], ["hard_mask", "hard_zero", "blur"]),
+        ("llama", "hard_share"),
+    ],
+)
 def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) -> None:
     check_one_graph(family, variant)
 
@@ -51,7 +58,7 @@ def check_one_graph(family: str, variant: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1, "a count or a draw made the model compile again"
 
 
-@pytest.mark.parametrize("variant", DROPS)
+@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero", "blur"])
 @pytest.mark.parametrize("family", ["llama", "marian"])
 def test_a_schedule_does_not_compile_again(family: str, variant: str) -> None:
     drop = DROPS[variant]
@@ -88,3 +95,19 @@ def test_compile_and_gradient_checkpointing_together() -> None:
     compiled(**batch).loss.backward()
     compiled(**batch).loss.backward()
     assert {row.calls for row in report(model).rows} == {2}
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_share_of_the_keys_does_not_compile_again_for_other_masks_or_lengths(
+    in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hard, "FEW_SCORES", 0 if in_blocks else 256 * 256)
+    model = build("bert", dropout=False, attention_drop=DROPS["hard_share"]).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (10, 13, 17):
+        batch = inputs("bert", length=length, padding="right")
+        torch.manual_seed(0)
+        wanted = model(**batch).loss
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -21,8 +21,15 @@ from hf_attentiondrop.configuration import register_config_entry
         ({"p": float("nan")}, "got nan"),
         ({"p": True}, "got True"),
         ({"p": "0.1"}, "got '0.1'"),
-        ({"k": 0}, "`k` must be an integer >= 1, got 0"),
+        ({"k": 0}, "`k` must be an integer >= 1 or a share between 0 and 1, got 0"),
         ({"k": 2.5}, "got 2.5"),
+        ({"k": 5.0}, "got 5.0. It is the number of highest scores .* or the share"),
+        ({"k": 1.0}, "got 1.0"),
+        ({"k": 0.0}, "got 0.0"),
+        ({"k": -0.1}, "got -0.1"),
+        ({"k": float("nan")}, "got nan"),
+        ({"k": True}, "got True"),
+        ({"k": "0.1"}, "got '0.1'"),
         ({"fill": "mean"}, "`fill` must be one of"),
         ({"sigma_max": -1.0}, "`sigma_max` must be a finite number >= 0, got -1.0"),
         ({"sigma_max": float("inf")}, "got inf"),
@@ -58,6 +65,12 @@ def test_json_round_trip(tmp_path: Path) -> None:
     for restored in (BertConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert restored.attention_drop == drop
     assert copy.deepcopy(restored).attention_drop == drop
+
+
+def test_a_share_of_the_keys_goes_through_json(tmp_path: Path) -> None:
+    BertConfig(attention_drop={"k": 0.25}).save_pretrained(tmp_path)
+    restored = AutoConfig.from_pretrained(tmp_path).attention_drop
+    assert restored.k == 0.25 and restored.summary == "hard p=0.1 k=0.25 fill=mask"
 
 
 def test_from_pretrained_takes_a_config_or_a_dict(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def flex_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ("none", {"dropout": 0.1}, False),
         ("none", {"position_bias": torch.zeros(1, 4, 9, 9)}, False),
         ("float_padding", {}, False),
+        ("none", {"k": 0.5}, True),
+        ("none", {"k": 70}, True),
+        ("none", {"length": 100, "k": 70}, False),
+        ("none", {"length": 100, "k": 0.7}, False),
     ],
 )
 def test_it_is_taken_for_what_it_can_carry(
@@ -47,7 +51,8 @@ def test_it_is_taken_for_what_it_can_carry(
     case = replace(CASES_BY_NAME[name], queries=length, keys=length)
     tensors = case.tensors(options.pop("dtype", torch.float32), head_dim=size)
     mask = case.mask() if case.mask() is None or case.mask().dtype == torch.bool else case.mask().float()
-    attention_drop_forward(make_module(case, VARIANTS["hard_mask"]), *tensors, mask, **options)
+    drop = replace(VARIANTS["hard_mask"], k=options.pop("k", 3))
+    attention_drop_forward(make_module(case, drop), *tensors, mask, **options)
     assert len(calls) == is_taken
 
 

@@ -82,6 +82,6 @@ def test_the_tensor_functions_need_torch_alone() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
-            allowed = {"torch", "collections", "dataclasses", "functools", "typing"}
+            allowed = {"torch", "collections", "dataclasses", "functools", "math", "typing"}
             allowed |= {"triton"} if path.name == "top_scores.py" else set()
             assert {name.split(".")[0] for name in names} <= allowed, path

@@ -8,7 +8,7 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .blur import blur_keys, gaussian_window
 from .gate import gate_output
-from .hard import FILLS, draw_hits, draw_ranks, mask_top_scores
+from .hard import FILLS, draw_hits, draw_ranks, mask_top_scores, num_candidates
 from .hard_blocks import hard_attention
 from .hard_flex import block_mask, flex_hard_attention
 from .scores import attention_scores, expand_heads
@@ -37,6 +37,7 @@ __all__ = [
     "hard_attention",
     "mask_top_scores",
     "mixes_documents",
+    "num_candidates",
     "num_visible_keys",
     "once_per_mask",
     "prepend_sink",

@@ -1,5 +1,7 @@
 """Hard Attention Masking (AttentionDrop, arXiv 2504.12088, variant 1)."""
 
+import math
+
 import torch
 
 
@@ -7,7 +9,7 @@ FILLS = ("mask", "zero")
 
 
 def draw_hits(
-    scores: torch.Tensor, visible: torch.Tensor | None, *, p: float | torch.Tensor, k: int, fill: str = "mask"
+    scores: torch.Tensor, visible: torch.Tensor | None, *, p: float | torch.Tensor, k: float, fill: str = "mask"
 ) -> torch.Tensor:
     """Draws which of each query's `k` highest visible scores are hit, each with probability `p`.
 
@@ -39,7 +41,7 @@ def draw_ranks(
     num_visible: torch.Tensor | None,
     *,
     p: float | torch.Tensor,
-    k: int,
+    k: float,
     fill: str = "mask",
     device: torch.device | None = None,
 ) -> torch.Tensor:
@@ -49,32 +51,49 @@ def draw_ranks(
         shape: that of the scores, `(B, H, Q, K)`.
         num_visible: how many keys each query sees, `(B|1, H|1, Q|1, 1)`; `None` if all see all.
         p: hit probability in [0, 1].
-        k: how many scores of a row are candidates, at least 1.
+        k: how many scores of a row are candidates, at least 1; below 1 a share of the keys that the row sees, rounded
+            up.
         fill: with `"mask"` a row that would lose every visible key keeps one of them, drawn uniformly.
         device: where to draw.
 
     Returns:
-        Boolean `(B, H, Q, min(k, K))`, true where the visible score of that rank is hit, from the highest down; so it
-        means the same scores however many hidden ones stand beside them. Draws as many uniform numbers from the global
-        generator.
+        Boolean `(B, H, Q, k)`, with the `k` of a row that sees all keys: true where the visible score of that rank is
+        hit, from the highest down. So it means the same scores however many hidden ones stand beside them; ranks that
+        a row does not have mean nothing. Draws as many uniform numbers from the global generator.
 
     Example:
 
-    >>> draw_ranks((1, 1, 3, 4), torch.tensor([4, 2, 1]).view(1, 1, 3, 1), p=1.0, k=2).sum(dim=-1)
-    tensor([[[2, 1, 0]]])
+    >>> draw_ranks((1, 1, 2, 4), torch.tensor([4, 2]).view(1, 1, 2, 1), p=1.0, k=2).sum(dim=-1)
+    tensor([[[2, 1]]])
     """
     *rows, num_keys = shape
-    num_ranks = min(k, num_keys)
+    num_ranks = num_candidates(k, num_keys)
     uniform = torch.rand(*rows, num_ranks, device=device)
     drawn = uniform < p
+    rank, limit = torch.arange(num_ranks, device=device), num_ranks
+    if k < 1 and num_visible is not None:
+        limit = num_candidates(k, num_visible)
+        drawn = drawn & (rank < limit)
     if fill == "zero" or (num_visible is None and num_ranks < num_keys):
         return drawn
-    rank = torch.arange(num_ranks, device=device)
     num_visible = num_keys if num_visible is None else num_visible
     # Where all were hit, their numbers are uniform below p, and the highest of them is any one's with equal chance.
     highest, spared = uniform.masked_fill(rank >= num_visible, -1.0).max(dim=-1, keepdim=True)
-    loses_all = (highest < p) & (num_visible <= num_ranks)
+    loses_all = (highest < p) & (num_visible <= limit)
     return drawn & ~(loses_all & (rank == spared))
+
+
+def num_candidates(k: float, num_keys: int | torch.Tensor) -> int | torch.Tensor:
+    """How many of a row's highest scores can be hit: `k`, or below 1 that share of the keys, rounded up.
+
+    >>> num_candidates(5, 3), num_candidates(0.1, 30), num_candidates(0.1, torch.tensor([31, 1, 0]))
+    (3, 3, tensor([4., 1., 0.], dtype=torch.float64))
+    """
+    if k >= 1:
+        return min(k, num_keys)
+    # 0.1 * 30 is a little above 3 in floating point.
+    share = k * (1 - 1e-12)
+    return torch.ceil(num_keys.double() * share) if isinstance(num_keys, torch.Tensor) else math.ceil(num_keys * share)
 
 
 def hit_top_scores(scores: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +120,7 @@ def mask_top_scores(
     visible: torch.Tensor | None = None,
     *,
     p: float | torch.Tensor = 0.1,
-    k: int = 5,
+    k: float = 5,
     fill: str = "mask",
 ) -> torch.Tensor:
     """Perturbs scores by Hard Attention Masking: the definition, on a materialised score matrix.
@@ -110,7 +129,7 @@ def mask_top_scores(
         scores: `(B, H, Q, K)`, final scores.
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
         p: hit probability in [0, 1].
-        k: candidates per row, at least 1.
+        k: candidates per row, at least 1; below 1 a share of the visible keys of each row, rounded up.
         fill: `"mask"` replaces a hit score by -inf: the key is dropped and the others are renormalised; where every
             visible key of a row was hit, one of them, drawn uniformly, is kept. `"zero"` replaces it by 0, the paper's
             formula `L' = M·L`: this *raises* the weight of a key whose score was negative, and it depends on a

@@ -147,6 +147,8 @@ class RecipeParser(HfArgumentParser):
             hint = types[field_.name]
             items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
             options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
+            if get_args(hint) == (int, float):
+                options = {"type": _number}
             # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
             help_ = f"{helps[field_.name]} (default: {field_.default})"
             group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
@@ -242,6 +244,13 @@ def check_path(flag: str, name: str | None, is_local: bool = False) -> None:
         return
     if is_local or name.startswith((".", "~")) or Path(name).is_absolute() or len(Path(name).parts) > 2:
         raise FileNotFoundError(f"{flag}: expected an existing path, there is nothing at {name!r}.")
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:

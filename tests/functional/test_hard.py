@@ -70,6 +70,30 @@ def test_the_share_that_is_dropped_grows_with_p(num_keys: int) -> None:
     assert shares == sorted(shares) and (num_keys == 1) == (shares[-1] == 0)
 
 
+@pytest.mark.parametrize(
+    ("k", "candidates"), [(0.1, [1, 1, 1, 2, 3]), (1 / 3, [1, 1, 4, 4, 10]), (0.999, [1, 2, 10, 11, 30])]
+)
+def test_a_share_counts_the_visible_keys_of_each_row_and_rounds_up(k: float, candidates: list[int]) -> None:
+    lengths = torch.tensor([1, 2, 10, 11, 30])
+    visible = (torch.arange(30) < lengths[:, None])[None, None]
+    hits = draw_hits(torch.randn(1, 1, 5, 30), visible, p=1.0, k=k, fill="zero")
+    assert hits.sum(dim=-1).flatten().tolist() == candidates
+    hits = draw_hits(torch.randn(1, 1, 5, 30), visible, p=1.0, k=k)
+    kept = (lengths - hits.sum(dim=-1).flatten()).tolist()
+    assert kept == [max(1, length - count) for length, count in zip(lengths.tolist(), candidates, strict=True)]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("fill", ["mask", "zero"])
+def test_hit_rate_of_a_share_is_p(p: float, fill: str) -> None:
+    scores = torch.randn(8, 4, 200, 12)
+    visible = (torch.arange(12) < 9).view(1, 1, 1, 12)
+    hits = draw_hits(scores, visible, p=p, k=0.5, fill=fill)
+    top = scores.masked_fill(~visible, -torch.inf).topk(5).indices
+    assert within_four_standard_errors(hits.gather(-1, top), p)
+    assert hits.sum() == hits.gather(-1, top).sum(), "a score outside of the highest half was hit"
+
+
 def test_the_zero_fill_hits_whole_rows_too() -> None:
     visible = torch.tensor([True, True, False, False]).view(1, 1, 1, 4)
     assert draw_hits(torch.randn(1, 1, 1, 4), visible, p=1.0, k=3, fill="zero").sum() == 2
