@@ -37,7 +37,7 @@ class AttentionCase:
             ones = torch.ones(self.queries, self.keys, dtype=torch.bool)
             mask = ones.tril() if self.is_causal and self.queries > 1 else ones
         elif mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
+            mask = mask > mask.amax(dim=-1, keepdim=True).clamp_min(-500) - 50
         return mask.expand(self.batch_size, self.heads, self.queries, self.keys)
 
     @property
@@ -139,6 +139,11 @@ CASES = [
     AttentionCase("arbitrary", lambda: _random(1, 1, 9, 9)),
     AttentionCase("float_padding", lambda: _additive(_lengths(9).expand(3, 1, 9, 9))),
     AttentionCase("float_minus_infinity", lambda: _additive(_lengths(9).expand(3, 1, 9, 9), -torch.inf)),
+    AttentionCase("float_minus_1e9_per_head", lambda: _additive(_random(3, 4, 9, 9), -1e9)),
+    AttentionCase("float_minus_1e4", lambda: _additive(_causal() & _lengths(9, left=True), -1e4), is_causal=True),
+    AttentionCase("float_minus_100_with_bias", lambda: _additive(_packed(), -100.0) + 3 * _noise(1, 4, 9, 9)),
+    AttentionCase("float_bias_far_from_zero", lambda: _additive(_packed(), -1e4) + 3 * _noise(1, 4, 9, 9) - 80),
+    AttentionCase("blind_float_minus_1e9", lambda: _additive(_blind(_causal()), -1e9), is_causal=True),
     AttentionCase("float_with_bias", lambda: _additive(_causal()) + _noise(1, 4, 9, 9), is_causal=True),
     AttentionCase("bias_grouped", lambda: _noise(3, 4, 9, 9), kv_heads=2),
     AttentionCase("position_bias", position_bias=True),

@@ -23,9 +23,11 @@ WINDOW = 3
 SELF_ATTENTION = [case for case in CASES if not case.is_cross and not case.position_bias]
 # What no run of tokens that see each other can express.
 ONLY_SDPA = {
-    "arbitrary", "bias_grouped", "blind", "blind_causal", "blind_float", "blind_float_minus_infinity", "cached",
-    "cached_one_query", "cached_padding_left", "float_minus_infinity", "float_padding", "float_with_bias",
-    "masks_per_head", "masks_per_head_grouped", "one_query", "pooled_keys", "static_prefill",
+    "arbitrary", "bias_grouped", "blind", "blind_causal", "blind_float", "blind_float_minus_1e9",
+    "blind_float_minus_infinity", "cached", "cached_one_query", "cached_padding_left", "float_bias_far_from_zero",
+    "float_minus_100_with_bias", "float_minus_1e4", "float_minus_1e9_per_head", "float_minus_infinity",
+    "float_padding", "float_with_bias", "masks_per_head", "masks_per_head_grouped", "one_query", "pooled_keys",
+    "static_prefill",
 }  # fmt: skip
 
 

@@ -111,8 +111,8 @@ def each_block(
     generator = None if seed is None else torch.Generator(query.device).manual_seed(int(seed))
     visible = bias = None
     if mask is not None:
-        mask = mask.expand(batch_size, num_heads, num_queries, num_keys)
-        visible, bias = shown_keys(mask), None if mask.dtype == torch.bool else mask
+        shape = batch_size, num_heads, num_queries, num_keys
+        visible, bias = shown_keys(mask).expand(shape), None if mask.dtype == torch.bool else mask.expand(shape)
     is_causal = is_causal and mask is None and num_queries > 1
     for sample in range(batch_size):
         for kv_heads in _slices(num_kv_heads, kv_step):

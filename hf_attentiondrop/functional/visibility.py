@@ -11,6 +11,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
+# An additive mask hides a key this far below the best one of its row: beside that it has exp(-64), or 2e-28, of the
+# weight, and nothing is left of it in the sums of any dtype. No learned bias spreads so far; ALiBi does at distances
+# where it hides just as well. Masks do: by -100 in the shifted windows of Swin, on top of a bias; by -10000, -1e9, the
+# minimum of a dtype or minus infinity.
+HIDDEN_BELOW_BEST = 64.0
+# And this far below zero, where it sees none: beside a key without a bias nothing is left of it even in float64.
+HIDDEN_BELOW_ZERO = 1000.0
+
 _found = WeakTensorKeyDictionary()
 
 
@@ -48,10 +56,12 @@ def _has_no_version(mask: torch.Tensor) -> bool:
 
 
 def shown_keys(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask shows a key: a boolean mask itself, and what an additive one does not push below all scores."""
+    """Where a mask shows a key: a boolean mask itself, and what an additive one does not push far below any bias."""
     if attention_mask.dtype == torch.bool:
         return attention_mask
-    return attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    attention_mask = attention_mask.detach()
+    best = attention_mask.amax(dim=-1, keepdim=True)
+    return attention_mask > best.sub_(HIDDEN_BELOW_BEST).clamp_min_(-HIDDEN_BELOW_ZERO)
 
 
 def visible_keys(
@@ -61,8 +71,8 @@ def visible_keys(
 
     Args:
         attention_mask: boolean (true = may attend) or additive float, `(B|1, H|1, Q|1, K)`. An additive mask hides
-            what lies at or below half of its dtype's minimum; a smaller bias leaves the key visible. `None` leaves
-            causality alone to decide.
+            what lies far below any bias: 64 below the best key of a row, or 1000 below zero. `None` leaves causality
+            alone to decide.
         is_causal: without a mask and with more than one query, query `i` sees keys `0..i`, the convention of SDPA.
         query_length: `Q`.
         key_length: `K`.
