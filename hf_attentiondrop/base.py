@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .functional import attention_scores, prepend_sink, show_sink, visible_keys
+from .functional import attention_scores, prepend_sink, query_offset, show_sink, visible_keys
 from .kernels import attend_with
 from .sites import SDPA
 
@@ -59,8 +59,10 @@ class AttentionCall:
         queries, keys = self.query.shape[-2], self.key.shape[-2]
         if self.mask is None or self.module.attention_drop_site.kind == "cross" or queries > keys:
             return None
+        own_keys = query_offset(self.mask, query_length=queries, key_length=keys)
+        own_keys = own_keys + torch.arange(queries, device=self.mask.device)
         rows = self.visible.expand(-1, -1, queries, -1)
-        return rows.diagonal(offset=keys - queries, dim1=-2, dim2=-1)
+        return rows.gather(-1, own_keys.expand(*rows.shape[:2], -1).unsqueeze(-1)).squeeze(-1)
 
     @property
     def wants_eager(self) -> bool:

@@ -14,7 +14,14 @@ from .hard_flex import block_mask, flex_hard_attention
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
 from .sums import VisibleSums, visible_sums
-from .visibility import mixes_documents, num_visible_keys, once_per_mask, visible_keys, visible_neighbours
+from .visibility import (
+    mixes_documents,
+    num_visible_keys,
+    once_per_mask,
+    query_offset,
+    visible_keys,
+    visible_neighbours,
+)
 
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "num_visible_keys",
     "once_per_mask",
     "prepend_sink",
+    "query_offset",
     "rescale_output",
     "rescale_weights",
     "show_sink",

@@ -116,6 +116,37 @@ def num_visible_keys(
 
 
 @once_per_mask
+def query_offset(attention_mask: torch.Tensor, *, query_length: int, key_length: int) -> int | torch.Tensor:
+    """Which key belongs to the first query of self-attention: those of a growing cache are the last keys, and those of
+    a static one are followed by empty keys.
+
+    Args:
+        attention_mask: as in [`visible_keys`].
+        query_length: `Q`, at most `K`.
+        key_length: `K`.
+
+    Returns:
+        The number of keys before, read off the mask: causal queries see no key after their own. Where the mask
+        leaves a choice, the queries are the last. A tensor `()` that stays on the device, or 0 for `Q = K`.
+
+    Example:
+
+    >>> query_offset(torch.ones(1, 1, 2, 9).tril(3) > 0, query_length=2, key_length=9)
+    tensor(3)
+    """
+    spare = key_length - query_length
+    if spare == 0:
+        return 0
+    bits = shown_keys(attention_mask).expand(-1, -1, query_length, -1).flip(-1).to(torch.uint8)
+    offset = key_length - 1 - bits.argmax(dim=-1) - torch.arange(query_length, device=bits.device)
+    # Padded queries see less, and the tokens of an image each other: what most queries say is right.
+    is_vote = (bits.amax(dim=-1) > 0) & (offset >= 0) & (offset <= spare)
+    votes = torch.zeros(spare + 1, dtype=torch.int64, device=bits.device)
+    votes.scatter_add_(0, offset.clamp(0, spare).flatten(), is_vote.flatten().long())
+    return spare - votes.flip(0).argmax()
+
+
+@once_per_mask
 def visible_neighbours(
     attention_mask: torch.Tensor | None,
     *,
@@ -129,9 +160,9 @@ def visible_neighbours(
     """For every key, which keys around it may be blended into it.
 
     In self-attention a key blends with the neighbours that its own token may attend to, so padding never enters,
-    nothing leaks from later tokens and packed documents do not mix. The last `Q` of `K` keys own the query rows; keys
-    without a row (a cache) take key padding and the causal order. In cross-attention a neighbour counts if any query
-    sees it.
+    nothing leaks from later tokens and packed documents do not mix. The query rows belong to the keys that
+    [`query_offset`] finds; keys without a row (a cache) take key padding and the causal order. In cross-attention a
+    neighbour counts if any query sees it.
 
     Args:
         attention_mask: as in [`visible_keys`].
@@ -164,17 +195,18 @@ def visible_neighbours(
     visible = shown_keys(attention_mask).expand(-1, -1, query_length, -1)
     # Keys that some query sees: all that is known of a key without a query row of its own.
     seen = F.pad(visible.any(dim=-2), (half, half)).unfold(-1, width, 1)  # (B|1, H|1, K, W)
-    cached = key_length - query_length
     if is_cross:
         return seen
-    if cached < 0:
+    if query_length > key_length:
         return seen & in_order
 
+    own_keys = query_offset(attention_mask, query_length=query_length, key_length=key_length)
+    own_keys = own_keys + torch.arange(query_length, device=device)
     # Outside of the sequence the index is clamped, and what it reads there is thrown away.
-    own = neighbour[cached:]  # (Q, W)
+    own = neighbour[own_keys]  # (Q, W)
     index = own.clamp(0, key_length - 1).expand(*visible.shape[:2], -1, -1)
     own_rows = visible.gather(-1, index) & (own >= 0) & (own < key_length)
-    return own_rows if cached == 0 else torch.cat([seen[..., :cached, :] & in_order, own_rows], dim=-2)
+    return own_rows if query_length == key_length else (seen & in_order).index_copy(-2, own_keys, own_rows)
 
 
 def mixes_documents(
