@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .consistency import LabelAlignment, has_dropout, output_divergence
+from .consistency import LabelAlignment, answer_losses, has_dropout, output_divergence, without_value
 from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
 from .hub import ModelCardMixin
 from .losses import NO_DIVERGENCE
@@ -19,6 +19,10 @@ from .training_args import ConsistencyArguments
 
 
 logger = logging.getLogger(__name__)
+
+# What tells the Trainer that a loss is the micro-batch's share of an optimizer step, and is not to be divided by the
+# number of micro-batches. Before Transformers 5.19 it was that the model takes `num_items_in_batch`.
+SCALING = "loss_is_scaled_for_ga" if hasattr(Trainer, "loss_is_scaled_for_ga") else "model_accepts_loss_kwargs"
 
 
 class ConsistencyTrainerMixin:
@@ -31,7 +35,7 @@ class ConsistencyTrainerMixin:
     Gradients do not depend on how a batch is cut into accumulation steps and processes: the mean over each micro-batch
     is weighted by its share of the items. `task_loss` and `consistency_loss` are logged beside `loss`.
 
-    Overrides `compute_loss`, `get_batch_samples` and `log`, and sets `loss_is_scaled_for_ga`.
+    Overrides `training_step`, `compute_loss`, `get_batch_samples` and `log`.
 
     Args:
         args:
@@ -78,7 +82,7 @@ class ConsistencyTrainerMixin:
         # They live in the arguments, where callbacks and hyperparameter search look for them.
         for name, value in given.items():
             setattr(self.args, name, value)
-        self._stock_loss_is_scaled_for_ga = self.loss_is_scaled_for_ga
+        self._alignment_of: tuple[nn.Module | None, LabelAlignment] = None, LabelAlignment()
         self._component_sums: Tensor | None = None
         self._has_looked_for_randomness = False
         if self.args.consistency_weight > 0:
@@ -93,7 +97,6 @@ class ConsistencyTrainerMixin:
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch; in training that of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
         if not (model.training and self.args.consistency_weight > 0):
-            self.loss_is_scaled_for_ga = self._stock_loss_is_scaled_for_ga
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -114,18 +117,31 @@ class ConsistencyTrainerMixin:
         outputs = forward.outputs[0]
         problem_type = getattr(config, "problem_type", None)
         divergence = output_divergence(outputs, inputs, alignment, problem_type, self.args.consistency_divergence)
-        if not self._has_looked_for_randomness:
+        if not self._has_looked_for_randomness and num_items.any():
             self._look_for_randomness(divergence)
 
         share = self._share_of_step(num_items, num_items_in_batch)
-        components = torch.stack((task_loss.to(divergence.dtype), divergence, torch.ones_like(divergence))) * share
-        # A micro-batch without any item has no mean.
-        components = torch.where(num_items > 0, components, torch.zeros_like(components))
-        sums = components.detach()
+        if num_items.dim() > 0 and not (num_items[0] == num_items[1] > 0 and share[0] == share[1]):
+            task_loss = answer_losses(outputs, inputs, alignment)
+        elif not num_items.any():
+            task_loss = without_value(task_loss, outputs)
+        # The loss of question answering is the mean of two means, over the starts and over the ends.
+        components = [(part * share).mean() for part in (task_loss.to(divergence.dtype), divergence)]
+        sums = torch.stack((*components, share.mean())).detach()
         self._component_sums = sums if self._component_sums is None else self._component_sums + sums
-        self.loss_is_scaled_for_ga = True
         loss = components[0] + self._current_consistency_weight * components[1]
         return (loss, first_half(outputs, batch_size)) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch, forward and backward. See [`~transformers.Trainer.training_step`]."""
+        if self.args.consistency_weight <= 0:
+            return super().training_step(*args, **kwargs)
+        stock = getattr(self, SCALING)
+        setattr(self, SCALING, True)
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            setattr(self, SCALING, stock)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -137,7 +153,7 @@ class ConsistencyTrainerMixin:
             alignment = self._alignment
             name = getattr(self._core_model, "main_input_name", "input_ids")
             counts = [alignment.count_items(batch, batch_size_of(batch, name)).to(device) for batch in batches]
-            num_items = torch.stack(counts).sum()
+            num_items = torch.stack(counts).sum(dim=0)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, reduction="sum")
         return batches, num_items
@@ -157,7 +173,10 @@ class ConsistencyTrainerMixin:
 
     @property
     def _alignment(self) -> LabelAlignment:
-        return LabelAlignment.of_model(self._core_model, self._loss_shifts_labels)
+        core = self._core_model
+        if self._alignment_of[0] is not core:
+            self._alignment_of = core, LabelAlignment.of_model(core, self.label_smoother is not None)
+        return self._alignment_of[1]
 
     @property
     def _current_consistency_weight(self) -> float:
@@ -165,13 +184,17 @@ class ConsistencyTrainerMixin:
         ramp = min(1.0, self.state.global_step / warmup_steps) if warmup_steps > 0 else 1.0
         return ramp * self.args.consistency_weight
 
-    def _share_of_step(self, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    def _share_of_step(self, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Weight of a micro-batch, so that the gradients of an optimizer step add up to those of its mean."""
         if num_items_in_batch is None:
-            return 1.0
+            return torch.ones_like(num_items, dtype=torch.float32)
+        total = torch.as_tensor(num_items_in_batch, device=num_items.device)
         # Processes average their gradients. Tensor parallel copies of a batch count in the items as in the processes.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return num_items / num_items_in_batch * processes
+        # Without any item in the whole step its micro-batches weigh the same: the load balancing loss of experts is
+        # there all the same.
+        equal_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        return torch.where(total > 0, num_items / total.clamp(min=1) * processes, equal_share)
 
     @contextmanager
     def _compute_loss_func_for(self, num_items: Tensor) -> Iterator[None]:
@@ -182,7 +205,7 @@ class ConsistencyTrainerMixin:
             return
 
         def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.clamp(min=1))
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.sum().clamp(min=1))
 
         self.compute_loss_func = mean_loss
         try:
@@ -213,7 +236,7 @@ class ConsistencyTrainerMixin:
         """Warns where both passes are the same. Equal outputs alone do not tell: a fresh LoRA adapter adds nothing
         yet, whatever its dropout."""
         self._has_looked_for_randomness = True
-        if divergence.item() > NO_DIVERGENCE or not self.is_world_process_zero() or has_dropout(self._core_model):
+        if divergence.max() > NO_DIVERGENCE or not self.is_world_process_zero() or has_dropout(self._core_model):
             return
         logger.warning(
             f"The consistency term has no effect: {type(self._core_model).__name__} has no dropout above 0 and no "

@@ -5,18 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertLMHeadModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
+from torch.nn.functional import cross_entropy
 
-from hf_attentiondrop.consistency import LabelAlignment, has_dropout, output_divergence
+from hf_attentiondrop.consistency import LabelAlignment, answer_losses, has_dropout, output_divergence
 from hf_attentiondrop.losses import consistency_loss
 
 from .models import build
@@ -93,11 +84,19 @@ def test_the_kind_of_problem_is_found_as_transformers_finds_it(
 
 def test_answers_are_compared_by_their_start_and_their_end() -> None:
     start, end = torch.randn(4, 6), torch.randn(4, 6)
-    batch = {"start_positions": torch.tensor([2, 6]), "end_positions": torch.tensor([3, 1])}
-    value = output_divergence({"start_logits": start, "end_logits": end}, batch, PLAIN)
-    expected = (consistency_loss(start[[0, 2]]) + 2 * consistency_loss(end)) / 3
-    torch.testing.assert_close(value, expected)
-    assert PLAIN.count_items(batch, 2) == 2
+    batch = {
+        "input_ids": torch.zeros(2, 6, dtype=torch.long),
+        "start_positions": torch.tensor([2, 6]),
+        "end_positions": torch.tensor([[3], [-1]]),
+    }
+    outputs = {"start_logits": start, "end_logits": end}
+    value = output_divergence(outputs, batch, PLAIN)
+    torch.testing.assert_close(value, torch.stack((consistency_loss(start[[0, 2]]), consistency_loss(end))))
+    assert PLAIN.count_items(batch, 2).tolist() == [1, 2]
+    assert LabelAlignment(virtual_tokens=1).count_items(batch, 2).tolist() == [2, 2]
+    positions = torch.tensor([2, -100, 2, -100]), torch.tensor([3, 0, 3, 0])
+    expected = [cross_entropy(*pair) for pair in zip((start, end), positions, strict=True)]
+    torch.testing.assert_close(answer_losses(outputs, batch, PLAIN), torch.stack(expected))
 
 
 @pytest.mark.parametrize(
@@ -113,29 +112,6 @@ def test_answers_are_compared_by_their_start_and_their_end() -> None:
 def test_tasks_whose_items_are_unknown_are_refused(outputs: Any, labels: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         output_divergence(outputs, {"labels": labels}, PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "shifts"),
-    [
-        (LlamaForCausalLM, True),
-        (BertLMHeadModel, True),
-        (BertForSequenceClassification, False),
-        (BertForQuestionAnswering, False),
-    ],
-)
-def test_the_shift_is_that_of_the_models_own_loss(model_class: type, shifts: bool) -> None:
-    family = "llama" if model_class is LlamaForCausalLM else "bert"
-    model = model_class(build(family).config)
-    assert LabelAlignment.of_model(model, shifts_labels=False) == LabelAlignment(shifts_labels=shifts)
-
-
-def test_older_causal_models_shift_although_their_loss_type_does_not_say_so() -> None:
-    tiny = {"vocab_size": 32, "n_layer": 1, "n_head": 2}
-    gpt = GPT2LMHeadModel(GPT2Config(n_embd=8, **tiny))
-    assert LabelAlignment.of_model(gpt, shifts_labels=False).shifts_labels
-    xlnet = XLNetLMHeadModel(XLNetConfig(d_model=8, d_inner=8, **tiny))
-    assert not LabelAlignment.of_model(xlnet, shifts_labels=False).shifts_labels
 
 
 def test_dropout_is_found_in_modules_and_in_functional_calls() -> None:
