@@ -61,7 +61,8 @@ def double_batch(inputs: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: the inputs of `2B` rows. Batch-first tensors are repeated on dimension 0, position ids of
-        several axes, `(3, B, L)`, on dimension 1, and the offsets of packed documents (`cu_seq_lens_q`) are continued.
+        several axes, `(3, B, L)`, on dimension 1. The offsets of packed documents (`cu_seq_lens_q`) are continued, and
+        dropped for a single document: as rows of a batch its two copies need none.
 
     Raises:
         ValueError: for an input that is neither batch-first nor known, naming it.
@@ -89,11 +90,11 @@ def _double(name: str, value: Any, batch_size: int) -> Any:
     raise _not_batch_first(name, f"a {type(value).__name__}", batch_size)
 
 
-def _double_tensor(name: str, value: Tensor, batch_size: int) -> Tensor:
+def _double_tensor(name: str, value: Tensor, batch_size: int) -> Tensor | None:
     if value.dim() == 0 or name in SHARED_INPUTS:
         return value
     if name.startswith("cu_seq"):
-        return torch.cat((value, value[1:] + value[-1]))
+        return torch.cat((value, value[1:] + value[-1])) if len(value) > 2 else None
     batch_dimension = 1 if name == "position_ids" and value.dim() == 3 else 0
     size = value.shape[batch_dimension]
     if size == 1 != batch_size and name in BROADCAST_INPUTS:

@@ -47,6 +47,13 @@ def test_offsets_of_packed_documents_go_on() -> None:
     assert doubled["max_length_q"] == 4 and doubled["input_ids"].shape == (2, 7)
 
 
+def test_a_single_document_needs_no_offsets() -> None:
+    """They would say that two documents are packed, where there are two rows."""
+    batch = {"cu_seq_lens_q": torch.tensor([0, 7]), "seq_idx": torch.zeros(1, 7), "input_ids": torch.zeros(1, 7)}
+    doubled = double_batch(batch, 1)
+    assert doubled["cu_seq_lens_q"] is None and doubled["seq_idx"].shape == (2, 7)
+
+
 def test_lists_of_images_are_repeated_whole() -> None:
     values = {"pixel_values": torch.rand(20, 6), "image_grid_thw": torch.ones(3, 3), "input_ids": torch.zeros(2, 5)}
     doubled = double_batch(values, 2)

@@ -108,15 +108,52 @@ def test_sft_evaluates_with_its_fused_head(tmp_path: Any) -> None:
     assert losses[0] == losses[1]
 
 
-def test_padding_free_sft_takes_the_step_of_the_padded_formula(tmp_path: Any) -> None:
-    """Each micro-batch is one row of documents, which the position ids and the offsets tell apart."""
+IDLE = AttentionDropConfig(p=1e-9)
+SPARE = {"padding_free": {"padding_free": True, "max_length": None}, "packing": {"packing": True, "max_length": 16}}
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "attentiondrop"])
+@pytest.mark.parametrize(
+    ("kind", "batch_size"), [("padding_free", 8), ("padding_free", 2), ("padding_free", 1), ("packing", 1)]
+)
+def test_sft_without_padding_takes_the_step_of_the_padded_formula(
+    kind: str, batch_size: int, attn_implementation: str, tmp_path: Any
+) -> None:
+    """Each micro-batch is one row of documents, or of one, which position ids, offsets and `seq_idx` tell apart."""
     examples = [row for row in rows("causal_lm") if len(row["labels"]) > 1]
     for row in examples:
         row["labels"][0] = -100
+    model = build_model("causal_lm", attn_implementation=attn_implementation, attention_drop=IDLE)
+    given = [{name: row[name] for name in ("input_ids", "labels")} for row in examples]
     trainer, gradients = train_sft(
-        tmp_path, 2, 4, examples=examples, padding_free=True, max_length=None, trainer_kwargs={}
+        tmp_path, batch_size, 8 // batch_size, model=model, examples=given, **SPARE[kind], trainer_kwargs={}
     )
     assert_same_step((first_logs(trainer), gradients), plain_step("causal_lm", examples=examples))
+
+
+@pytest.mark.parametrize("kind", SPARE)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_sft_packs_with_its_own_defaults(kind: str, batch_size: int, tmp_path: Any) -> None:
+    """bfloat16 autocast and activation checkpointing are among them."""
+    model = build("llama", attention_drop=AttentionDropConfig(p=0.3), initializer_range=0.2)
+    trainer = ConsistencySFTTrainer(
+        model=model,
+        args=SFTConfig(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=batch_size,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            **SPARE[kind],
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows("causal_lm")]),
+        processing_class=tokenizer(),
+        consistency_weight=1.0,
+    )
+    trainer.train()
+    assert all(entry["consistency_loss"] > 0 for entry in trainer.state.log_history[:2])
+    assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 # --- PEFT
