@@ -15,6 +15,8 @@ from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_pac
 from .hub import ModelCardMixin
 from .losses import NO_DIVERGENCE
 from .recording import RecordForward
+from .registration import FUNCTIONS
+from .sites import attention_modules
 from .training_args import ConsistencyArguments
 
 
@@ -30,7 +32,7 @@ class ConsistencyTrainerMixin:
 
     In training each batch runs twice in one forward, with independent perturbations, and the loss is the task loss,
     the mean over both passes, plus `consistency_weight` times their divergence. The task loss is what the other base
-    class makes of the doubled batch. Evaluation, prediction, and training at weight 0 are left alone.
+    class makes of the doubled batch. Evaluation, prediction, and training at weight 0, the default, are left alone.
 
     Gradients do not depend on how a batch is cut into accumulation steps and processes: the mean over each micro-batch
     is weighted by its share of the items. `task_loss` and `consistency_loss` are logged beside `loss`.
@@ -41,7 +43,7 @@ class ConsistencyTrainerMixin:
         args:
             What the other base class takes. An `args` with the fields of [`ConsistencyArguments`] configures the term.
         consistency_weight (`float`, *optional*):
-            Goes before `args.consistency_weight`; 1.0 if neither is there.
+            Goes before `args.consistency_weight`; 0.0 if neither is there.
         consistency_divergence (`str`, *optional*):
             Goes before `args.consistency_divergence`; `"symmetric_kl"` if neither is there.
         consistency_warmup_steps (`int`, *optional*):
@@ -84,7 +86,7 @@ class ConsistencyTrainerMixin:
             setattr(self.args, name, value)
         self._alignment_of: tuple[nn.Module | None, LabelAlignment] = None, LabelAlignment()
         self._component_sums: Tensor | None = None
-        self._has_looked_for_randomness = False
+        self._has_looked_for_randomness = self._has_looked_for_method = False
         if self.args.consistency_weight > 0:
             self._refuse_unsupported()
 
@@ -135,6 +137,8 @@ class ConsistencyTrainerMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch, forward and backward. See [`~transformers.Trainer.training_step`]."""
         if self.args.consistency_weight <= 0:
+            if not self._has_looked_for_method:
+                self._look_for_method()
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
@@ -232,6 +236,19 @@ class ConsistencyTrainerMixin:
                 f"tokens before the logits. Set `label_smoothing_factor=0`, {remedy}."
             )
 
+    def _look_for_method(self) -> None:
+        """Warns where nothing of this package has a part in the training."""
+        self._has_looked_for_method = True
+        names = {module.config._attn_implementation for _, module in attention_modules(self._core_model)}
+        if names.isdisjoint(FUNCTIONS) and self.is_world_process_zero():
+            logger.warning(
+                f"{type(self).__name__} trains as the plain Trainer would: no attention of "
+                f"{type(self._core_model).__name__} is perturbed, and `consistency_weight` is 0. Load the model with "
+                'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), call '
+                'model.set_attn_implementation("attentiondrop"), or set `consistency_weight`, which makes the '
+                "model's own dropout R-Drop."
+            )
+
     def _look_for_randomness(self, divergence: Tensor) -> None:
         """Warns where both passes are the same. Equal outputs alone do not tell: a fresh LoRA adapter adds nothing
         yet, whatever its dropout."""
@@ -248,10 +265,10 @@ class ConsistencyTrainerMixin:
 
 
 class AttentionDropTrainer(ConsistencyTrainerMixin, ModelCardMixin, Trainer):
-    """[`~transformers.Trainer`] with the consistency term, see [`ConsistencyTrainerMixin`], and with a model card of
-    its own, see [`~hf_attentiondrop.hub.ModelCardMixin`]."""
+    """[`~transformers.Trainer`] with a model card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`], and, above
+    `consistency_weight=0`, with the consistency term, see [`ConsistencyTrainerMixin`]."""
 
 
 class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, ModelCardMixin, Seq2SeqTrainer):
-    """[`~transformers.Seq2SeqTrainer`] with the consistency term, see [`ConsistencyTrainerMixin`], and with a model
-    card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`]."""
+    """[`~transformers.Seq2SeqTrainer`] with a model card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`],
+    and, above `consistency_weight=0`, with the consistency term, see [`ConsistencyTrainerMixin`]."""

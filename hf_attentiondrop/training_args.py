@@ -14,8 +14,9 @@ class ConsistencyArguments:
     """The arguments of the consistency term, to be mixed into any [`~transformers.TrainingArguments`].
 
     Args:
-        consistency_weight (`float`, defaults to 1.0):
-            Factor λ ≥ 0 of the divergence between the two passes. 0 trains with one pass, as the plain Trainer does.
+        consistency_weight (`float`, defaults to 0.0):
+            Factor λ ≥ 0 of the divergence between the two passes. 0 trains with one pass, as the plain Trainer does;
+            anything above costs a second one. 0.5 is a value to start with.
         consistency_divergence (`str`, defaults to `"symmetric_kl"`):
             `"symmetric_kl"`, `"kl"` or `"js"`, see [`consistency_loss`].
         consistency_warmup_steps (`int`, defaults to 0):
@@ -36,7 +37,7 @@ class ConsistencyArguments:
     """
 
     consistency_weight: float = field(
-        default=1.0, metadata={"help": "Factor of the divergence between two passes; 0 trains with one pass."}
+        default=0.0, metadata={"help": "Factor of the divergence between two passes; 0 trains with one pass."}
     )
     consistency_divergence: Literal["symmetric_kl", "kl", "js"] = field(
         default="symmetric_kl", metadata={"help": "Divergence between the two passes."}
@@ -50,7 +51,7 @@ class ConsistencyArguments:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(
                 f"`consistency_weight` must be a finite number >= 0, got {weight!r}. It multiplies the divergence: "
-                "a negative one would drive the two passes apart. 1.0 is the default, 0 turns the term off."
+                "a negative one would drive the two passes apart. 0, the default, turns the term off."
             )
         if self.consistency_divergence not in DIVERGENCES:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Runs the four recipes without data of their own, and keeps the cards that they write here, with their plots.
+"""Runs the four recipes without data of their own, with the consistency term, and keeps their cards and plots here.
 
     python model_cards/generate.py
     python model_cards/generate.py --recipes translation
@@ -31,6 +31,7 @@ def generate(recipe: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, MODELS[recipe])
         flags = ["--evaluate_robustness"] if recipe in CLASSIFIERS else []
+        flags += ["--consistency_weight", "0.5"]
         command = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "recipes" / f"{recipe}.py"]
         subprocess.run([*command, "--output_dir", output, "--disable_tqdm", "true", *flags], check=True)
         kept = ROOT / "model_cards" / MODELS[recipe]

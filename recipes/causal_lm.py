@@ -1,4 +1,4 @@
-"""Trains a language model with AttentionDrop and the consistency term.
+"""Trains a language model with AttentionDrop, and with the consistency term if asked to.
 
 Without arguments, a small LLaMA from scratch on Python's documentation:
 
@@ -17,9 +17,9 @@ All weights of a pretrained model, on a data set from the Hub:
 Attention that learns its scale, a sink or a gate, from scratch as in its paper, without AttentionDrop:
 
     accelerate launch recipes/causal_lm.py --attn_implementation affine_scaled \\
-        --attention_reweighting '{init: paper}' --consistency_weight 0 --output_dir runs/affine_scaled
+        --attention_reweighting '{init: paper}' --output_dir runs/affine_scaled
 
-`--consistency_weight 0` trains with one pass, in half the time. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Trains an image classifier with AttentionDrop and the consistency term.
+"""Trains an image classifier with AttentionDrop, and with the consistency term if asked to.
 
 Without arguments, a small ViT from scratch on the handwritten digits of scikit-learn:
 
@@ -15,7 +15,7 @@ A data set from the Hub, with another perturbation:
         --dataset_name uoft-cs/cifar10 --validation_split test --image_column img --variant blur \\
         --output_dir runs/cifar10
 
-`--consistency_weight 0` trains with one pass, in half the time. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Trains a text classifier with AttentionDrop and the consistency term.
+"""Trains a text classifier with AttentionDrop, and with the consistency term if asked to.
 
 Without arguments, a small BERT from scratch that tells which topic of Python's documentation a passage is from:
 
@@ -15,8 +15,8 @@ Pairs of texts from the Hub, with a heavier consistency term:
         --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column sentence1 --text_pair_column sentence2 \\
         --consistency_weight 4 --output_dir runs/mrpc
 
-`--consistency_weight 0` trains with one pass, in half the time; `--attn_implementation sdpa` with the model's ordinary
-dropout alone, which makes the consistency term that of R-Drop. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes; `--attn_implementation sdpa` leaves the
+model's ordinary dropout alone, which makes the term that of R-Drop. `--help` lists every argument.
 """
 
 from collections import Counter

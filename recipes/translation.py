@@ -1,4 +1,4 @@
-"""Trains a translation model with AttentionDrop and the consistency term.
+"""Trains a translation model with AttentionDrop, and with the consistency term if asked to.
 
 Without arguments, a small Marian from scratch on English and German dates, quantities, currencies and territories:
 
@@ -18,7 +18,7 @@ A data set from the Hub, with R-Drop as it was published for translation, which 
         --dataset_name Helsinki-NLP/opus_books --dataset_config_name de-en --source_column en --target_column de \\
         --attn_implementation sdpa --consistency_weight 2.5 --label_smoothing_factor 0.1 --output_dir runs/books
 
-`--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_attentiondrop.trainer import AttentionDropTrainer
-from hf_attentiondrop.training_args import AttentionDropTrainingArguments
+from hf_attentiondrop.training_args import AttentionDropTrainingArguments, ConsistencyArguments
 
 from .models import VOCAB_SIZE, build
 
@@ -170,6 +170,8 @@ def arguments(output_dir: str, kind: type = AttentionDropTrainingArguments, **va
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    if issubclass(kind, ConsistencyArguments):
+        defaults["consistency_weight"] = 1.0
     return kind(output_dir=output_dir, **{**defaults, **values})
 
 

@@ -53,7 +53,16 @@ ALLOWED = {
         "sites",
         "version",
     },
-    "trainer": {"consistency", "doubling", "hub", "losses", "recording", "training_args"},
+    "trainer": {
+        "consistency",
+        "doubling",
+        "hub",
+        "losses",
+        "recording",
+        "registration",
+        "sites",
+        "training_args",
+    },
 }
 
 

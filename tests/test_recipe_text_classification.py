@@ -71,7 +71,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
     """A quarter of the run without arguments is well above its baseline already."""
-    result = launch(RECIPES / "text_classification.py", "--num_train_epochs", "4", cwd=tmp_path)
+    result = launch(
+        RECIPES / "text_classification.py", "--num_train_epochs", "4", "--consistency_weight", "1", cwd=tmp_path
+    )
     folder = tmp_path / "runs" / "text_classification"
     metrics = read(folder, "metrics.json")
     assert metrics["eval_accuracy"] > metrics["majority_accuracy"] + 0.15

@@ -185,12 +185,9 @@ def test_a_trainer_with_a_loss_of_its_own_keeps_it(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("task", TASKS)
-def test_weight_zero_is_the_stock_trainer(task: str, accumulation: int, tmp_path: Any) -> None:
+def test_without_a_weight_it_is_the_stock_trainer(task: str, accumulation: int, tmp_path: Any) -> None:
     results = []
-    for trainer_class, arguments_class, values in (
-        (Trainer, TrainingArguments, {}),
-        (AttentionDropTrainer, AttentionDropTrainingArguments, {"consistency_weight": 0.0}),
-    ):
+    for trainer_class in (Trainer, AttentionDropTrainer):
         model = build_model(task, dropout=True)
         counter = RowCounter(model)
         trainer, _ = train(
@@ -201,9 +198,8 @@ def test_weight_zero_is_the_stock_trainer(task: str, accumulation: int, tmp_path
             model=model,
             strength=0.0,
             trainer_class=trainer_class,
-            arguments_class=arguments_class,
+            arguments_class=TrainingArguments,
             max_steps=3,
-            **values,
         )
         timeless = [
             {k: v for k, v in logs.items() if "second" not in k and "time" not in k}
@@ -332,6 +328,29 @@ def test_a_model_with_randomness_is_not_reported(source: str, tmp_path: Any, cap
     assert not [record for record in caplog.records if WARNING in record.getMessage()]
 
 
+NOTHING = "trains as the plain Trainer would"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "attentiondrop", "affine_scaled"])
+def test_a_training_without_any_method_is_reported_once(
+    implementation: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = build_model("classification", attn_implementation=implementation)
+        train("classification", tmp_path, model=model, strength=0.0, max_steps=2, consistency_weight=0.0)
+    messages = [record.getMessage() for record in caplog.records if NOTHING in record.getMessage()]
+    assert len(messages) == (implementation == "sdpa")
+    assert all(
+        "AttentionDropTrainer" in text and 'set_attn_implementation("attentiondrop")' in text for text in messages
+    )
+
+
+def test_r_drop_is_a_method_and_not_reported(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        train("classification", tmp_path, model=build_model("classification", dropout=True), strength=0.0)
+    assert NOTHING not in caplog.text and WARNING not in caplog.text
+
+
 # --- evaluation and prediction
 
 
@@ -395,7 +414,7 @@ def test_settings_come_from_the_constructor_then_the_arguments_then_the_defaults
     trainer = AttentionDropTrainer(model=model, args=ours, consistency_weight=4.0)
     assert (trainer.args.consistency_weight, trainer.args.consistency_divergence) == (4.0, "js")
     trainer = AttentionDropTrainer(model=model, args=arguments(tmp_path, TrainingArguments))
-    assert (trainer.args.consistency_weight, trainer.args.consistency_divergence) == (1.0, "symmetric_kl")
+    assert (trainer.args.consistency_weight, trainer.args.consistency_divergence) == (0.0, "symmetric_kl")
     assert trainer.args.consistency_warmup_steps == 0
     with pytest.raises(ValueError, match="`consistency_weight` must be a finite number >= 0, got -1"):
         AttentionDropTrainer(model=model, args=ours, consistency_weight=-1)

@@ -61,7 +61,8 @@ class ConsistencySFTTrainer(ConsistencyTrainerMixin, SFTTrainer):
 
 
 def train_sft(tmp_path: Any, batch_size: int = 8, accumulation: int = 1, **values: Any) -> tuple[Any, dict]:
-    trainer_kwargs = {"processing_class": tokenizer(), "data_collator": None, **values.pop("trainer_kwargs", {})}
+    trainer_kwargs = {"processing_class": tokenizer(), "data_collator": None, "consistency_weight": 1.0}
+    trainer_kwargs |= values.pop("trainer_kwargs", {})
     return train(
         "causal_lm",
         tmp_path,
