@@ -72,7 +72,7 @@ def evaluate_checkpoint(
     evaluation = evaluate_classifier(
         model, batches, attacked_samples=attacked_samples, normalization=normalization, seed=seed
     )
-    save_plots(folder, evaluation)
+    plots = save_plots(folder, evaluation)
     # What a Trainer measures too goes by its names, here as in the record of a recipe.
     own = ("accuracy", "samples")
     metrics = {f"eval_{name}" if name in own else name: value for name, value in evaluation.metrics.items()}
@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     drawn = len(order) if len(order) < len(dataset) else None
     data = _describe_data(data_name, config, str(dataset.split), drawn)
     name = Path(model_name).resolve().name if Path(model_name).exists() else model_name.split("/")[-1]
-    content = describe_model(model, folder, metrics, name=name, processor=processor, data=data)
+    content = describe_model(model, folder, metrics, name=name, processor=processor, data=data, plots=plots)
     # The card lies beside its pictures, not beside the weights.
     write_card(replace(content, repo_id=f"path/to/{name}" if Path(model_name).exists() else model_name), folder)
     return evaluation

@@ -91,14 +91,14 @@ def push(folder: Path) -> dict[str, Tensor]:
     images = dict(processor()(IMAGES, return_tensors="pt"))
 
     dropped = train(folder / "dropped", build("bert"), tokenizer(), texts)
-    dropped.push_to_hub(dataset="two sentences")
+    dropped.push_to_hub(dataset="two sentences", plots=[folder / "dropped" / "reliability_diagram.png"])
 
     vit = ViTConfig(
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     model = ViTForImageClassification._from_config(vit, attn_implementation="affine_scaled")
     reweighted = train(folder / "reweighted", model, processor(), images)
-    reweighted.push_to_hub(dataset_tags="tester/colours", dataset_split="test")
+    reweighted.push_to_hub(dataset_tags="tester/colours", dataset_split="test", metrics=METRICS)
 
     base = AutoModelForSequenceClassification.from_pretrained("tester/dropped", attn_implementation="attentiondrop")
     lora = get_peft_model(base, LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))

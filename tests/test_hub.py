@@ -195,9 +195,8 @@ def test_nothing_measured_shows_nothing(metrics: dict[str, Any]) -> None:
 
 def test_every_table_and_fence_is_whole(tmp_path: Path) -> None:
     trainer = trainer_of(build("bert"), tmp_path)
-    (tmp_path / "metrics.json").write_text(json.dumps(FIGURES))
     trainer.train()
-    text = card_of(trainer, dataset="a | b\nc").text
+    text = card_of(trainer, dataset="a | b\nc", metrics=FIGURES).text
     assert "a \\| b c" in text
     assert text.count("```") % 2 == 0
     assert not re.search(r"\{\{|\{%|None|\n{3}", text)
@@ -231,11 +230,12 @@ def test_results_of_a_benchmark_are_structured(tmp_path: Path) -> None:
     assert entry.notes == "Accuracy, split test"
 
 
-def test_pictures_are_those_in_the_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "robust_accuracy.png", tmp_path / "plots" / "entropy.png"):
+def test_pictures_are_those_that_are_given(tmp_path: Path) -> None:
+    for path in (tmp_path / "robust_accuracy.png", tmp_path / "plots" / "entropy.png", tmp_path / "older.png"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    text = card_of(trainer_of(build("bert"), tmp_path)).text
+    given = [tmp_path / "plots" / "entropy.png", "robust_accuracy.png"]
+    text = card_of(trainer_of(build("bert"), tmp_path), plots=given).text
     assert re.findall(r"!\[(.*)\]\((.*)\)", text) == [
         ("Entropy", "plots/entropy.png"),
         ("Robust accuracy", "robust_accuracy.png"),
@@ -285,9 +285,8 @@ def test_figures_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None
     loss = trainer.evaluate()["eval_loss"]
     rows = tables(card_of(trainer).text)
     assert rows["Loss"] == [f"{loss:.4g}"] and rows["Evaluation"] == ["3"] and rows["Training"] == ["4"]
-    # The record of a run goes before the log.
-    (tmp_path / "metrics.json").write_text(json.dumps({"eval_loss": 0.125}))
-    assert tables(card_of(trainer).text)["Loss"] == ["0.125"]
+    # What is given goes before the log.
+    assert tables(card_of(trainer, metrics={"eval_loss": 0.125}).text)["Loss"] == ["0.125"]
 
 
 def test_figures_of_the_best_checkpoint_go_with_its_weights(tmp_path: Path) -> None:

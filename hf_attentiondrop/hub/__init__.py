@@ -1,8 +1,8 @@
 """A trained model on the Hub: its card, the results in it, and the upload."""
 
-from .card import CARD_FILE, build_card, check_card, write_card
+from .card import CARD_FILE, METRICS_FILE, build_card, check_card, write_card
 from .content import CardContent, Data
-from .run import METRICS_FILE, describe_model, describe_run
+from .run import describe_model, describe_run
 from .upload import ModelCardMixin, UploadError
 
 

@@ -26,6 +26,8 @@ from .tables import (
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD_FILE = "README.md"
+# What a report writes beside its card. Cards are given their metrics, and never read it.
+METRICS_FILE = "metrics.json"
 EVAL_RESULTS_FOLDER = ".eval_results"
 
 

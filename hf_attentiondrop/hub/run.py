@@ -1,10 +1,9 @@
 """The content of a card, taken from a Trainer: what it really trained, with what, and what came of it."""
 
-import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from .content import CardContent, Data
 from .methods import Method, describe_consistency, describe_drop, describe_reweighting
 
 
-METRICS_FILE = "metrics.json"
 AUTO_CLASSES = {
     PreTrainedTokenizerBase: "AutoTokenizer",
     ImageProcessingMixin: "AutoImageProcessor",
@@ -56,9 +54,11 @@ def describe_run(
     dataset_args: str | None = None,
     dataset_split: str | None = None,
     benchmark_task: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    plots: Iterable[str | Path] = (),
 ) -> CardContent:
-    """What the card of a Trainer's model says. The metrics are those of `metrics.json` in the output folder, and where
-    there is none those that the Trainer logged last of the model as it is.
+    """What the card of a Trainer's model says. No file in the output folder is read for it: an earlier run may have
+    left it there.
 
     Args:
         trainer ([`~transformers.Trainer`]): before or after training.
@@ -72,6 +72,12 @@ def describe_run(
         dataset_args (`str`, *optional*): its configuration.
         dataset_split (`str`, *optional*): the split that was evaluated on.
         benchmark_task (`str`, *optional*): the task of the benchmark that the data set is.
+        metrics (`Mapping[str, Any]`, *optional*):
+            See [`CardContent`]; by default those that the Trainer logged last of the model as it is.
+        plots (*optional*): see [`describe_model`].
+
+    Raises:
+        ValueError: if a plot lies outside of the output folder.
     """
     adapter = next(iter(getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).values()), None)
     named = trainer.hub_model_id or trainer.args.hub_model_id
@@ -80,12 +86,13 @@ def describe_run(
     content = describe_model(
         trainer.model,
         folder,
-        _metrics_of(trainer, folder),
+        _measured_by(trainer) if metrics is None else metrics,
         name=model_name or (named or folder.resolve().name).split("/")[-1],
         processor=trainer.processing_class,
         data=Data(dataset, dataset_tags, dataset_args, dataset_split, benchmark_task),
         base_model=finetuned_from,
         task=tasks,
+        plots=plots,
     )
     if adapter is not None:
         environment = {**content.environment, "peft": sys.modules["peft"].__version__}
@@ -115,17 +122,22 @@ def describe_model(
     data: Data | None = None,
     base_model: str | None = None,
     task: str | None = None,
+    plots: Iterable[str | Path] = (),
 ) -> CardContent:
     """What the card of a model says that is as it was loaded.
 
     Args:
         model (`torch.nn.Module`): a Transformers model, or a wrapper around one.
-        folder (`Path`): where the card will be; pictures in it are shown.
+        folder (`Path`): where the card will be.
         metrics (`Mapping[str, Any]`): see [`CardContent`].
         name (`str`): its name.
         processor (*optional*): its tokenizer or processor.
         data ([`Data`], *optional*): what it was evaluated on.
         base_model, task (`str`, *optional*): see [`describe_run`].
+        plots (*optional*): paths of the pictures to show, all of them in `folder`.
+
+    Raises:
+        ValueError: if a plot lies outside of `folder`.
     """
     base = transformers_model(model)
     base_model = base_model or _hub_id(base.config)
@@ -140,7 +152,7 @@ def describe_model(
         task=task or _task_of(base),
         data=data or Data(),
         metrics=metrics,
-        plots=tuple(sorted(path.relative_to(folder).as_posix() for path in _pictures(folder))),
+        plots=tuple(_path_from(folder, plot) for plot in plots),
         environment={
             "Python": platform.python_version(),
             **{name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules},
@@ -201,10 +213,7 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _metrics_of(trainer: Trainer, folder: Path) -> Mapping[str, Any]:
-    path = folder / METRICS_FILE
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+def _measured_by(trainer: Trainer) -> Mapping[str, Any]:
     data = {"train_samples": trainer.train_dataset, "eval_samples": trainer.eval_dataset}
     samples = {name: len(rows) for name, rows in data.items() if hasattr(rows, "__len__")}
     return samples | _last_evaluation(trainer.state, trainer.args.load_best_model_at_end)
@@ -223,9 +232,15 @@ def _last_evaluation(state: TrainerState, is_best_loaded: bool) -> dict[str, Any
     return evaluations[-1] if evaluations else {}
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    yield from folder.glob("*.png")
-    yield from folder.glob("plots/*.png")
+def _path_from(folder: Path, plot: str | Path) -> str:
+    """A path that is relative to the folder of the card, or to the working directory, as the card writes it."""
+    path = Path(plot) if Path(plot).is_file() and not (folder / plot).is_file() else folder / plot
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"Expected plots in the folder of the card, {folder}, got {str(plot)!r}: the card is published with that "
+            "folder, and would show nothing. Save the plot there."
+        )
+    return path.resolve().relative_to(folder.resolve()).as_posix()
 
 
 def _describe_training(trainer: Trainer) -> dict[str, str]:

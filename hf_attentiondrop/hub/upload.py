@@ -38,7 +38,7 @@ class ModelCardMixin:
         Args:
             kwargs:
                 What the Trainer cannot know, see [`describe_run`]: the arguments of
-                [`~transformers.Trainer.create_model_card`], `dataset_split` and `benchmark_task`.
+                [`~transformers.Trainer.create_model_card`], `dataset_split`, `benchmark_task`, `metrics` and `plots`.
         """
         if self.is_world_process_zero():
             write_card(describe_run(self, **kwargs), self.args.output_dir)
@@ -52,7 +52,7 @@ class ModelCardMixin:
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads the output folder: weights, config, tokenizer or processor, card, plots and metrics.
+        """Uploads the output folder: weights, config, tokenizer or processor, a new card, and what else lies there.
 
         The Hub looks at the card first. See [`~transformers.Trainer.push_to_hub`]; `kwargs` are those of
         `create_model_card`.
@@ -115,7 +115,7 @@ def _way_to_retry(repo_id: str, folder: Path) -> str:
     command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *excluded])
     return (
         f"What the run wrote is untouched in {folder}. Upload it with `{command}`, or from Python again with "
-        "`trainer.push_to_hub()`."
+        "`trainer.push_to_hub(...)` and the same arguments."
     )
 
 

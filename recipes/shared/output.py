@@ -102,7 +102,8 @@ def finish(
         metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
     card = describe_data(parser.values, data)
     if trainer.is_world_process_zero():
-        save_plots(folder, evaluation, attention, trainer.state.log_history)
+        plots = save_plots(folder, evaluation, attention, trainer.state.log_history)
+        card |= {"metrics": metrics, "plots": plots}
         write_record(parser, folder, metrics)
         trainer.create_model_card(**card)
         print_results(title, results, folder)
