@@ -78,7 +78,7 @@ def evaluate_checkpoint(
     metrics = {f"eval_{name}" if name in own else name: value for name, value in evaluation.metrics.items()}
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     drawn = len(order) if len(order) < len(dataset) else None
-    data = _describe_data(data_name, config, str(dataset.split), drawn)
+    data = _describe_data(data_name, config, dataset, drawn)
     name = Path(model_name).resolve().name if Path(model_name).exists() else model_name.split("/")[-1]
     content = describe_model(model, folder, metrics, name=name, processor=processor, data=data, plots=plots)
     # The card lies beside its pictures, not beside the weights.
@@ -113,12 +113,19 @@ def _columns(is_text: bool, image: str | None, text: str | None, text_pair: str 
     return {first: kind.removesuffix("s"), **given}
 
 
-def _describe_data(name: str, config: str | None, split: str, drawn: int | None) -> Data:
-    path = Path(name)
+def _describe_data(name: str, config: str | None, dataset: Any, drawn: int | None) -> Data:
+    path, split = Path(name), str(dataset.split)
     if not path.exists():
         return Data(repo_id=name, config=config, split=split, drawn=drawn)
-    # Of a path only the name: the rest is about this machine. The split of a single file is but a word for all of it.
-    return Data(path.resolve().name, split=split if path.is_dir() else None, drawn=drawn)
+    # Of a path only the name: the rest is about this machine.
+    return Data(path.resolve().name, split=split if _has_splits(path, dataset) else None, drawn=drawn)
+
+
+def _has_splits(path: Path, dataset: Any) -> bool:
+    """Whether local data has splits. `datasets` calls it `train` where it has none: a file, a folder of classes."""
+    if not path.is_dir():
+        return False
+    return set(dataset.info.splits or ()) != {"train"} or any("train" in child.name for child in path.iterdir())
 
 
 def _check_output_dir(folder: Path) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_attentiondrop.reporting import evaluate_checkpoint
 
 from .models import build
 from .recipe_runs import load
@@ -47,3 +50,75 @@ def test_a_recipe_that_overwrites_a_folder_shows_its_own_figures_and_plots(
     card = ModelCard.load(tmp_path / "README.md")
     assert tables(card.text)["Evaluation"] == ["24"] and "plots/reliability.png" in card.text
     assert "robustness" not in card.text
+
+
+def images(folder: Path) -> Path:
+    """Two classes of images, in a folder each."""
+    for number in range(8):
+        path = folder / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 30 * number).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT for these images that ran plain SDPA, and whose config has an entry for AttentionDrop."""
+    folder = tmp_path_factory.mktemp("classifier")
+    names = {0: "class 0", 1: "class 1"}
+    model = build("vit", attn_implementation="sdpa", attention_drop={"p": 0.2}, id2label=names)
+    model.save_pretrained(folder)
+    grey = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, **grey).save_pretrained(folder)
+    return folder
+
+
+def evaluated(model: Path, data: Path, report: Path) -> ModelCard:
+    evaluate_checkpoint(str(model), str(data), str(report))
+    return ModelCard.load(report / "README.md")
+
+
+def test_an_entry_of_a_saved_config_is_called_configured(classifier: Path, tmp_path: Path) -> None:
+    card = evaluated(classifier, images(tmp_path / "images"), tmp_path / "report")
+    assert "### AttentionDrop: hard attention masking (configured)" in card.text and "| `p` | 0.2 |" in card.text
+    assert "whether its weights were trained with it is not recorded" in card.text
+    assert card.data.tags == ["hf-attentiondrop"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "described"),
+    [
+        ("validation", "validation"),
+        ("photos/test", "photos, evaluated on the split `test`"),
+        ("photos/train", "photos, evaluated on the split `train`"),
+    ],
+)
+def test_a_split_is_named_where_the_data_has_one(
+    classifier: Path, tmp_path: Path, layout: str, described: str
+) -> None:
+    images(tmp_path / "images" / layout)
+    card = evaluated(classifier, tmp_path / "images" / layout.split("/")[0], tmp_path / "report")
+    assert f"\n## Data\n\n{described}\n" in card.text
+
+
+def test_a_trained_model_is_called_perturbed_only_if_it_was(tmp_path: Path) -> None:
+    model = build("bert", attn_implementation="sdpa", attention_drop={"p": 0.3})
+    trainer = trainer_of(model, tmp_path, consistency_weight=0.0)
+    trainer.train()
+    assert "Method" not in card_of(trainer).text
+    model.set_attn_implementation("attentiondrop")  # too late
+    card = card_of(trainer)
+    assert "hard attention masking (configured)" in card.text and "attentiondrop" not in card.data.tags
+    trainer.train()
+    model.set_attn_implementation("sdpa")  # after all was perturbed
+    card = card_of(trainer)
+    assert "### AttentionDrop: hard attention masking\n" in card.text and "| `p` | 0.3 |" in card.text
+    assert "attentiondrop" in card.data.tags
+
+
+def test_a_model_trained_with_the_default_settings_names_the_method(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path, consistency_weight=0.0)
+    trainer.train()
+    card = card_of(trainer)
+    assert "### AttentionDrop: hard attention masking\n" in card.text and "| `p` | 0.1 |" in card.text
+    assert card.data.tags == ["hf-attentiondrop", "attentiondrop"]

@@ -298,7 +298,7 @@ def test_evaluate_writes_a_report(
     flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
     output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
     card = (tmp_path / "report" / "README.md").read_text()
-    assert f"\n{digits.name}, evaluated on the split `train`\n" in card
+    assert f"\n{digits.name}\n" in card
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
 
@@ -323,7 +323,7 @@ def test_a_report_says_what_it_is_about(
     flags = ["--max_samples", 20, "--output_dir", tmp_path]
     printed(capsys, "evaluate", classifier, "--data", digits, *flags)
     card = (tmp_path / "README.md").read_text()
-    assert f"\n{digits.name}, evaluated on the split `train`, 20 samples drawn at random\n" in card
+    assert f"\n{digits.name}, 20 samples drawn at random\n" in card
     assert "Means over queries, heads and layers, on 20 samples.\n" in card
 
 

@@ -126,7 +126,7 @@ def _metadata(content: CardContent) -> ModelCardData:
     hub_metrics = dict.fromkeys(HUB_METRICS[name] for name in figures if name in HUB_METRICS)
     results = _eval_results(content, figures)
     adapter = [content.adapter.lower()] if content.adapter else []
-    tags = ["hf-attentiondrop", *(method.tag for method in content.methods), *adapter, *content.tags]
+    tags = ["hf-attentiondrop", *(method.tag for method in content.methods if method.tag), *adapter, *content.tags]
     return ModelCardData(
         language=content.language,
         license=content.license,

@@ -1,7 +1,7 @@
 """What a card says of each method: in words, as a formula, with its settings, and with the paper to cite."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..configuration import AttentionDropConfig
@@ -60,7 +60,7 @@ class Method:
         name (`str`): its heading.
         text (`str`): what it does.
         formula (`str`): plain text, to be read as it stands.
-        tag (`str`): what it is found by on the Hub.
+        tag (`str`, *optional*): what it is found by on the Hub; `None` where nobody should find it.
         paper (`str`): key of the paper in `PAPERS`.
         settings (`dict[str, Any]`): its hyperparameters.
     """
@@ -68,13 +68,17 @@ class Method:
     name: str
     text: str
     formula: str
-    tag: str
+    tag: str | None
     paper: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def describe_drop(config: AttentionDropConfig) -> Method:
+def describe_drop(config: AttentionDropConfig, was_applied: bool = True) -> Method:
     """What AttentionDrop does in training.
+
+    Args:
+        config: its configuration.
+        was_applied: whether the model was trained with it. An entry in a config alone does not tell.
 
     Example:
 
@@ -82,6 +86,17 @@ def describe_drop(config: AttentionDropConfig) -> Method:
     L'[i,j] = 0 with probability p, for each j of S_i
     L = scaling · Q Kᵀ,   S_i: the k highest scores L[i,j] of the keys that query i sees
     """
+    method = _drop(config)
+    if was_applied:
+        return method
+    text = (
+        "The config of the model asks for this method; whether its weights were trained with it is not recorded. "
+        + method.text
+    )
+    return replace(method, name=f"{method.name} (configured)", text=text, tag=None)
+
+
+def _drop(config: AttentionDropConfig) -> Method:
     names = {"hard": ("p", "k", "fill"), "blur": ("sigma_max", "width")}[config.variant]
     settings = {name: getattr(config, name) for name in ("variant", *names, "layers", "attentions")}
     if config.variant == "blur":

@@ -165,9 +165,12 @@ def _methods_of_model(model: PreTrainedModel) -> Iterator[Method]:
     """What is done to the attention, whatever the number of modules that it is done to."""
     rows = {row.name: row for row in report(model).rows}
     modules = [(rows[name], module) for name, module in attention_modules(model) if name in rows]
-    drops = dict.fromkeys(module.attention_drop_site.perturbation for row, module in modules if row.applied)
+    dropping = [(row, module.attention_drop_site.drop) for row, module in modules if row.calls or row.applied]
+    # The implementation may have been switched on, or off, after the training; the counter tells.
+    applied = {drop for row, drop in dropping if row.calls}
     reweightings = dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting)
-    yield from map(describe_drop, drops)
+    for drop in dict.fromkeys(drop for _, drop in dropping):
+        yield describe_drop(drop, drop in applied)
     for reweighting in reweightings:
         yield from describe_reweighting(reweighting)
 
