@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .attention import NAME
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 ATTACKED_SAMPLES = 200
+# Modules that `evaluate` imports beyond what the package requires, and the packages that they are in.
+EVALUATION_NEEDS = {"datasets": "datasets", "matplotlib": "matplotlib", "PIL": "pillow"}
 # What torch's generators take, on every device.
 MAX_SEED = 2**63 - 1
 
@@ -132,15 +135,14 @@ def declare_evaluate(commands: argparse._SubParsersAction) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measures a classifier and writes its report."""
+    # The plots are drawn when all was measured: too late to find out that they cannot be.
+    if missing := [package for module, package in EVALUATION_NEEDS.items() if find_spec(module) is None]:
+        raise InputError(f"evaluate needs {', '.join(missing)}: `pip install {' '.join(missing)}`.")
+    import datasets
     from transformers import logging
 
     from .reporting import evaluate_checkpoint, summary
 
-    try:
-        import datasets
-        import matplotlib  # noqa: F401  (for the plots, which are drawn when all was measured)
-    except ImportError as error:
-        raise InputError(f"{error.name} is missing: `pip install hf-attentiondrop[evaluation]`.") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

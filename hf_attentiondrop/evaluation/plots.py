@@ -34,7 +34,7 @@ def _figure(height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install hf-attentiondrop[plots]`.") from error
+        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
     return Figure(figsize=(INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
 
 

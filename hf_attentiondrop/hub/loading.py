@@ -18,8 +18,9 @@ def loading_text(content: CardContent) -> str:
         sentences.append("This is an adapter: it needs PEFT, and the base model that it was trained on.")
     if content.needs_plugin:
         sentences.append(
-            "The attention of the model has learned weights of its own, which need `pip install hf-attentiondrop` and "
-            "its import; without them loading stops with an error."
+            "The attention of the model has learned weights, which need the package `hf-attentiondrop` (from a clone "
+            "of its repository: `pip install .`) and the line `import hf_attentiondrop` before the model is loaded. "
+            "Without them loading stops with an error."
         )
     if not sentences:
         return (

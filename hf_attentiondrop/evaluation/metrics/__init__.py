@@ -59,5 +59,5 @@ def load_metric(name: str, **kwargs: object) -> "evaluate.Metric":
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError("Metric modules need evaluate: `pip install hf-attentiondrop[evaluation]`.") from error
+        raise ImportError("Metric modules need evaluate: `pip install evaluate scikit-learn`.") from error
     return evaluate.load(metric_path(name), **kwargs)
