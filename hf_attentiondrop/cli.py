@@ -199,9 +199,13 @@ def _attention_drop(text: str) -> AttentionDropConfig:
 
 def _load_config(name: str) -> "PreTrainedConfig":
     from .evaluation.checkpoint import load_config
+    from .evaluation.hub_access import check_path, offline_if_cut_off
 
+    expected = "a folder with a config.json, the path of one, or a model on the Hub"
     try:
-        return load_config(name, "a folder with a config.json, the path of one, or a model on the Hub")
+        check_path("MODEL", name, expected)
+        with offline_if_cut_off(name):
+            return load_config(name, expected)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .evaluation.checkpoint import load_classifier
 from .evaluation.classes import class_numbers
 from .evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
+from .evaluation.hub_access import check_path, offline_if_cut_off
 from .evaluation.labelled_data import labelled_batches, load_labelled
 from .evaluation.perturbation_space import Normalization, check_attackable
 from .hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
@@ -57,12 +58,16 @@ def evaluate_checkpoint(
     folder = Path(output_dir)
     _check_output_dir(folder)
     place = _find_device(device)
-    model, processor = load_classifier(model_name)
+    check_path("MODEL", model_name, "a folder with a saved classifier, or a classifier on the Hub")
+    with offline_if_cut_off(model_name):
+        model, processor = load_classifier(model_name)
     if attacked_samples:
         check_attackable(model)
     is_text = isinstance(processor, PreTrainedTokenizerBase)
     columns = _columns(is_text, image_column, text_column, text_pair_column)
-    dataset = load_labelled(data_name, split, config)
+    check_path("--data", data_name, "a folder, a file, or a data set on the Hub")
+    with offline_if_cut_off(data_name):
+        dataset = load_labelled(data_name, split, config)
     labels = class_numbers(dataset, label_column, model.config)
     # Files come sorted by class, and attacks and attention are measured on the first samples.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:max_samples].tolist()
