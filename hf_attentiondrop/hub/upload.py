@@ -1,21 +1,25 @@
 """The upload: the card of a Trainer's model on its way to the Hub, and errors that say how to try again."""
 
+import inspect
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+import transformers
+from huggingface_hub import ModelCard, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import hf_raise_for_status
 
 from .card import CARD_FILE, write_card
 from .run import describe_run
 
 
+# Of the HTTP client of huggingface_hub, httpx or httpx2 by its release: what its own error derives from.
+HTTPError = HfHubHTTPError.__bases__[0]
 # What huggingface_hub raises: answers that refuse, connections that break, and what it makes of either.
-UPLOAD_ERRORS = (httpx.HTTPError, OSError, RuntimeError, ValueError)
+UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 HINTS = {
     401: "Log in with `hf auth login`, or give a token that is valid as `hub_token`.",
     403: "Give a token that may write there, or another repository as `hub_model_id`.",
@@ -60,12 +64,19 @@ class ModelCardMixin:
         Raises:
             UploadError: if the Hub refuses, or the connection breaks; with `blocking=False` that of the files shows
                 only in the result.
+            TypeError: for `private` where the installed Transformers does not take it.
         """
+        options = {} if private is None else {"private": private}
+        if not options.keys() <= inspect.signature(super().push_to_hub).parameters.keys():
+            raise TypeError(
+                f"Trainer.push_to_hub of Transformers {transformers.__version__} does not take `private`, so it would "
+                f"have no effect. Set `hub_private_repo={private}` in the training arguments."
+            )
         with explaining_upload(self):
             self.create_model_card(**kwargs)
             if self.is_world_process_zero():
                 validate_card(Path(self.args.output_dir, CARD_FILE))
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **options, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Creates the repository. See [`~transformers.Trainer.init_hf_repo`].
@@ -83,10 +94,13 @@ def validate_card(path: Path) -> None:
     Raises:
         ValueError: with the Hub's reasons, if it does not.
     """
-    try:
-        ModelCard.load(path).validate()
-    except ValueError as error:
-        raise ValueError(f"the Hub does not accept the metadata in {path}: {error}") from None
+    # Older releases of huggingface_hub ask huggingface.co, whatever HF_ENDPOINT says, so that their way is not ours.
+    body = {"repoType": "model", "content": str(ModelCard.load(path))}
+    url = f"{constants.ENDPOINT}/api/validate-yaml"
+    response = get_session().post(url, json=body, headers={"Accept": "text/plain"})
+    if response.status_code == 400:
+        raise ValueError(f"the Hub does not accept the metadata in {path}: {response.text}")
+    hf_raise_for_status(response)
 
 
 @contextmanager
@@ -123,4 +137,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and what it came of, down to the answer of the Hub."""
     while error is not None:
         yield error
-        error = None if isinstance(error, httpx.HTTPError) else error.__cause__
+        error = None if isinstance(error, HTTPError) else error.__cause__
