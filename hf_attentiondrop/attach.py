@@ -6,34 +6,35 @@ parameters handles them too.
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .implementations import PREFIX
+from .parts import configs_of
 from .reweighting import MODULES, Dimensions, Reweighting
-from .reweighting_configuration import REWEIGHTING_KEY, REWEIGHTINGS
-from .sites import check_selection, configs_of
+from .reweighting_configuration import REWEIGHTING_KEY, REWEIGHTINGS, ReweightingConfig
+from .sites import check_selection
 
 
 HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 HEAD_DIM_NAMES = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
 
 
-def settle_entries(config: PreTrainedConfig, methods: Mapping[int, str], inherited: Any = None) -> None:
+def settle_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
     """Gives every config that runs a learned method its entry: its own, the one around it, or the defaults.
 
     Args:
         config: the config of a whole model, and its sub-configs with it.
-        methods: attention implementation by `id` of a config.
         inherited: the entry of the config around this one.
 
     Raises:
         ValueError: if an entry belongs to another method than the one that its config runs, or would be ignored.
     """
-    own, method = config.attention_reweighting, methods.get(id(config))
+    own, method = config.attention_reweighting, config._attn_implementation
     sub_configs = [sub_config for sub_config in configs_of(config) if sub_config is not config]
     entry = own or inherited
     if method in REWEIGHTINGS:
@@ -45,7 +46,7 @@ def settle_entries(config: PreTrainedConfig, methods: Mapping[int, str], inherit
             )
         config.attention_reweighting = entry
     elif own is not None:
-        if not any(methods.get(id(sub_config)) == own.method for sub_config in sub_configs):
+        if not any(sub_config._attn_implementation == own.method for sub_config in sub_configs):
             raise ValueError(
                 f"The config has learned attention weights, {own!r}, and the model was asked for "
                 f"attn_implementation={method!r}, which would leave them out: its outputs would silently be wrong. "
@@ -55,7 +56,7 @@ def settle_entries(config: PreTrainedConfig, methods: Mapping[int, str], inherit
         config.attention_reweighting = None
     for name in config.sub_configs:
         if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
-            settle_entries(sub_config, methods, entry)
+            settle_entries(sub_config, entry)
 
 
 def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
@@ -72,6 +73,8 @@ def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     modules = list(modules)
     sites = [module.attention_drop_site for module in modules]
     check_selection(model, REWEIGHTING_KEY, [(site, site.config.attention_reweighting) for site in sites])
+    for module in modules:
+        _refuse_other_weights(model, module)
     new = [module for module in modules if not hasattr(module, "reweighting")]
     # All or nothing: a module that is refused must not leave a model half attached.
     for module, reweighting in [(module, _make(module)) for module in new]:
@@ -85,7 +88,7 @@ def record_implementations(config: PreTrainedConfig) -> str | dict[str, Any] | N
     """Writes `attn_implementation` into the configs of a model with learned weights, so that config.json names it.
 
     Transformers itself never saves the implementation, but reads it: the checkpoint then selects the plugin on its
-    own, and stops with an error where the plugin is missing.
+    own, and stops with an error that names the plugin where it is missing.
 
     Returns:
         What was written: a name, a dict of names where sub-configs differ, or `None` for nothing.
@@ -93,7 +96,7 @@ def record_implementations(config: PreTrainedConfig) -> str | dict[str, Any] | N
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     parts = {name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
     recorded = {name: record_implementations(part) for name, part in parts.items()}
-    own = config._attn_implementation if config.attention_reweighting is not None else None
+    own = PREFIX + config._attn_implementation if config.attention_reweighting is not None else None
     if own is not None and all(part == own for part in recorded.values()):
         config.__dict__["attn_implementation"] = own
         return own
@@ -126,10 +129,28 @@ def refuse_to_leave(model: PreTrainedModel, modules: Iterable[nn.Module], reques
         )
 
 
-def _make(module: nn.Module) -> Reweighting | None:
+def _refuse_other_weights(model: nn.Module, module: nn.Module) -> None:
+    """Refuses a module that came with learned weights which the whole model's config describes otherwise."""
+    existing = getattr(module, "reweighting", None)
+    found, said = getattr(existing, "config", None), _configuration(module)
+    if hasattr(module, "reweighting") and found != said:
+        raise ValueError(
+            f"A {type(module).__name__} of {type(model).__name__} has learned weights for {found!r}, and the config "
+            f"of the whole model says {said!r}: a checkpoint would reload as something else. Give both the same "
+            f"`{REWEIGHTING_KEY}`."
+        )
+
+
+def _configuration(module: nn.Module) -> ReweightingConfig | None:
+    """What the module is to learn, by the config that governs it."""
     site = module.attention_drop_site
     config = site.config.attention_reweighting
-    if not site.is_selected_by(config):
+    return config if site.is_selected_by(config) else None
+
+
+def _make(module: nn.Module) -> Reweighting | None:
+    config = _configuration(module)
+    if config is None:
         return None
     _refuse_dropped_arguments(type(module))
     projection = _projection(module)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from .attention import NAME
 from .configuration import AttentionDropConfig
+from .parts import configs_of
 from .registration import FUNCTIONS
 from .report import report
-from .sites import configs_of
 from .version import __version__
 
 

@@ -1,8 +1,9 @@
-"""What importing the package changes in Transformers: registry entries, a config entry, three checked methods."""
+"""What importing the package changes in Transformers: registry entries, two config entries, one checked property of
+configs, and four checked methods of models."""
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,19 +11,27 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from .attach import attach, record_implementations, refuse_to_leave, reset_missing, settle_entries
-from .attention import NAME, attention_drop_forward, reweighted_attention_forward
+from .attention import NAME
 from .configuration import CONFIG_KEY, register_config_entry
+from .implementations import (
+    FUNCTIONS,
+    is_known,
+    refuse_unknown_parts,
+    requests,
+    resolve,
+    unknown_name,
+    uses_any,
+)
+from .parts import configs_of, holders_of
 from .reweighting_configuration import (
     REWEIGHTING_KEY,
     REWEIGHTINGS,
     ReweightingConfigEntry,
     reweighting_from_dict,
 )
-from .sites import AttentionSite, attention_modules, check_selection, configs_of, place_sites, refuse_capped_blur
+from .sites import AttentionSite, attention_modules, check_selection, place_sites, refuse_capped_blur
 from .support import refuse_unsupported_class, refuse_unsupported_modules
-
-
-FUNCTIONS = {NAME: attention_drop_forward, **dict.fromkeys(REWEIGHTINGS, reweighted_attention_forward)}
+from .switching import switch_the_rest, whole_or_nothing
 
 
 def register() -> None:
@@ -47,13 +56,13 @@ def register() -> None:
     for name, function in FUNCTIONS.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)
-    for method in (_get_correct_attn_implementation, _post_init, _initialize_weights, _set_attn_implementation):
-        _wrap(method)
+    for name, method in CHECKED_METHODS.items():
+        _wrap(name, method)
+    _check_requests()
 
 
-def _wrap(method: Any) -> None:
-    """Puts a method of ours around the method of [`~transformers.PreTrainedModel`] that has its name."""
-    name = method.__name__.removeprefix("_")
+def _wrap(name: str, method: Any) -> None:
+    """Puts a method of ours around one of [`~transformers.PreTrainedModel`]; it is handed the original."""
     original = getattr(PreTrainedModel, name)
     if getattr(original, "_wrapped_by_attentiondrop", False):
         return
@@ -66,57 +75,81 @@ def _wrap(method: Any) -> None:
     setattr(PreTrainedModel, name, wrapped)
 
 
-def _get_correct_attn_implementation(self: PreTrainedModel, original: Any, *args: Any, **kwargs: Any) -> str:
+def _check_requests() -> None:
+    """Makes every config check what it is asked to run: all ways to ask, config.json among them, end there."""
+    original = PreTrainedConfig._attn_implementation
+    if getattr(original.fset, "_wrapped_by_attentiondrop", False):
+        return
+
+    @functools.wraps(original.fset)
+    def set_checked(self: PreTrainedConfig, value: str | dict | None) -> None:
+        value = resolve(value)
+        refuse_unknown_parts(self, value)
+        original.fset(self, value)
+
+    set_checked._wrapped_by_attentiondrop = True
+    PreTrainedConfig._attn_implementation = original.setter(set_checked)
+
+
+def _check_class(self: PreTrainedModel, original: Any, requested: str | None, *args: Any, **kwargs: Any) -> str:
     """Refuses a class that would ignore the implementation, before its modules and weights exist."""
-    implementation = original(self, *args, **kwargs)
+    try:
+        implementation = original(self, requested, *args, **kwargs)
+    except ValueError as error:
+        if is_known(requested):
+            raise
+        raise unknown_name(error, requested) from None
     if implementation in FUNCTIONS:
         refuse_unsupported_class(type(self), implementation)
     return implementation
 
 
-def _post_init(self: PreTrainedModel, original: Any) -> None:
-    """Completes construction: now the modules are there."""
+def _complete_construction(self: PreTrainedModel, original: Any) -> None:
+    """Prepares a whole model, now that the modules are there."""
     original(self)
-    methods = {id(config): config._attn_implementation for config in configs_of(self.config)}
-    is_ours = any(method in FUNCTIONS for method in methods.values())
-    is_ours = is_ours or any(config.attention_reweighting for config in configs_of(self.config))
+    is_ours = uses_any(self.config) or any(config.attention_reweighting for config in configs_of(self.config))
     if is_ours and not _is_part_of_a_model_being_built(self):
-        _activate(self, methods, [(part, part.config._attn_implementation) for part in _parts(self)])
+        with whole_or_nothing(self):
+            _activate(self)
         record_implementations(self.config)
 
 
-def _initialize_weights(self: PreTrainedModel, original: Any) -> None:
+def _initialize_learned_weights(self: PreTrainedModel, original: Any) -> None:
     """Initialises learned weights as they ask for, not as the model's class would."""
     reset_missing(self)
     original(self)
 
 
-def _set_attn_implementation(
-    self: PreTrainedModel, original: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any
-) -> None:
+def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
     """Switches a whole model or nothing: Transformers itself would warn and leave some of it as it is."""
-    methods = {id(config): config._attn_implementation for config in configs_of(self.config)}
-    requested = {id(config): name for config, name in _requests(self.config, attn_implementation)}
-    # Transformers lets a part whose config is not among the whole model's follow the whole model.
-    followed = [(part, part.config if id(part.config) in methods else self.config) for part in _parts(self)]
-    parts = [(part, requested[id(config)]) for part, config in followed if id(config) in requested]
-    for part, name in parts:
-        if name != part.config._attn_implementation:
-            refuse_to_leave(self, [m for m in part.modules() if getattr(m, "config", None) is part.config], name)
-    if any(name in FUNCTIONS for _, name in parts):
-        _activate(self, {**methods, **requested}, parts)
-    original(self, attn_implementation, *args, **kwargs)
+    attn_implementation = resolve(attn_implementation)
+    refuse_unknown_parts(self.config, attn_implementation)
+    requested = {id(config): name for config, name in requests(self.config, attn_implementation)}
+    modules = [(h.module, requested[id(h.governing)]) for h in holders_of(self) if id(h.governing) in requested]
+    running = {module.config._attn_implementation for module, _ in modules}
+    if not FUNCTIONS.keys() & {*requested.values(), *running} and not uses_any(self.config):
+        original(self, attn_implementation, *args, **kwargs)
+        return
+    leaving = [module for module, name in modules if name != module.config._attn_implementation]
+    refuse_to_leave(self, leaving, attn_implementation)
+    for module, name in modules:
+        if isinstance(module, PreTrainedModel) and name in FUNCTIONS:
+            refuse_unsupported_class(type(module), name)
+    with whole_or_nothing(self):
+        original(self, attn_implementation, *args, **kwargs)
+        switch_the_rest(self, requested)
+        if uses_any(self.config):
+            _activate(self)
     record_implementations(self.config)
 
 
-def _requests(config: PreTrainedConfig, requested: str | dict | None) -> Iterator[tuple[PreTrainedConfig, str]]:
-    """The config and sub-configs that an `attn_implementation` argument speaks of, each with the name it gives."""
-    is_dict = isinstance(requested, dict)
-    if (own := requested.get("") if is_dict else requested) is not None:
-        yield config, own
-    for name in config.sub_configs:
-        if (sub_config := getattr(config, name, None)) is not None:
-            yield from _requests(sub_config, requested.get(name) if is_dict else requested)
+# Methods of `PreTrainedModel`, and what is put around them.
+CHECKED_METHODS = {
+    "get_correct_attn_implementation": _check_class,
+    "post_init": _complete_construction,
+    "initialize_weights": _initialize_learned_weights,
+    "set_attn_implementation": _switch,
+}
 
 
 def _parts(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -136,35 +169,27 @@ def _is_part_of_a_model_being_built(model: PreTrainedModel) -> bool:
     return False
 
 
-def _activate(model: PreTrainedModel, methods: Mapping[int, str], parts: list[tuple[PreTrainedModel, str]]) -> None:
-    """Prepares a whole model for what its parts are to run, or refuses it and leaves its config as it was.
+def _activate(model: PreTrainedModel) -> None:
+    """Prepares a whole model for what its modules are to run, by their configs.
 
-    Args:
-        model: the whole model.
-        methods: attention implementation to come, by `id` of the model's config and sub-configs.
-        parts: the Transformers models it is made of, each with its attention implementation to come.
+    Raises:
+        ValueError: if it cannot run that.
     """
-    previous = [(config, config.attention_reweighting) for config in configs_of(model.config)]
-    names = {id(part.config): name for part, name in parts if name in FUNCTIONS}
-    try:
-        settle_entries(model.config, methods)
-        for part, name in parts:
-            if name in FUNCTIONS:
-                refuse_unsupported_class(type(part), name)
-        running = [(module, names.get(id(module.config))) for _, module in attention_modules(model)]
-        running = [(module, name) for module, name in running if name is not None]
-        place_sites(model)
-        asked = next(name for name in methods.values() if name in FUNCTIONS)
-        refuse_unsupported_modules(model, [module for module, _ in running], asked)
-        perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
-        check_selection(model, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
-        refuse_capped_blur(model, _sites(perturbed))
-        if learned := [module for module, name in running if name in REWEIGHTINGS]:
-            attach(model, learned)
-    except ValueError:
-        for config, entry in previous:
-            config.attention_reweighting = entry
-        raise
+    settle_entries(model.config)
+    for part in _parts(model):
+        if part.config._attn_implementation in FUNCTIONS:
+            refuse_unsupported_class(type(part), part.config._attn_implementation)
+    running = [(module, module.config._attn_implementation) for _, module in attention_modules(model)]
+    running = [(module, name) for module, name in running if name in FUNCTIONS]
+    place_sites(model)
+    names = [config._attn_implementation for config in configs_of(model.config)]
+    asked = next(name for name in names if name in FUNCTIONS)
+    refuse_unsupported_modules(model, [module for module, _ in running], asked)
+    perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
+    check_selection(model, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
+    refuse_capped_blur(model, _sites(perturbed))
+    if learned := [module for module, name in running if name in REWEIGHTINGS]:
+        attach(model, learned)
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[AttentionSite]:

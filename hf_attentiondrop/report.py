@@ -1,10 +1,13 @@
 """A table of what happens to every attention module of a model: AttentionDrop in training, and learned reweighting."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .attention import NAME
-from .settings import transformers_model
+from .settings import transformers_models
 from .sites import SDPA, attention_dropout, attention_modules
 
 
@@ -90,27 +93,31 @@ def report(model: Any) -> Report:
     encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
     attention dropout in 1 of them: on CUDA these hold all scores at any length, since FlexAttention has no dropout
     """
-    base = transformers_model(model)
-    rows = []
-    for name, module in attention_modules(base):
+    bases = transformers_models(model)
+    if len(bases) == 1:
+        (base,) = bases.values()
+        return Report(type(base).__name__, tuple(_rows(base)))
+    rows = [row for name, base in bases.items() for row in _rows(base, f"{name}.")]
+    return Report(type(model).__name__, tuple(rows))
+
+
+def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
+    for name, module in attention_modules(model):
         site = getattr(module, "attention_drop_site", None)
         implementation = module.config._attn_implementation
         if site is None:
-            rows.append(ReportRow(name, "-", -1, implementation, "", 0))
+            yield ReportRow(prefix + name, "-", -1, implementation, "", 0)
             continue
         reweighting = getattr(module, "reweighting", None)
         is_perturbed = implementation == NAME or (hasattr(module, "reweighting") and site.is_configured)
         drop = site.perturbation if is_perturbed else None
-        rows.append(
-            ReportRow(
-                name,
-                site.kind,
-                site.layer,
-                implementation if site.base == SDPA else f"{implementation} on {site.base}",
-                applied="" if drop is None else drop.summary,
-                calls=int(site.calls),
-                reweighting="" if reweighting is None else reweighting.summary,
-                needs_score_matrix=drop is not None and drop.variant == "hard" and attention_dropout(module) > 0,
-            )
+        yield ReportRow(
+            prefix + name,
+            site.kind,
+            site.layer,
+            implementation if site.base == SDPA else f"{implementation} on {site.base}",
+            applied="" if drop is None else drop.summary,
+            calls=int(site.calls),
+            reweighting="" if reweighting is None else reweighting.summary,
+            needs_score_matrix=drop is not None and drop.variant == "hard" and attention_dropout(module) > 0,
         )
-    return Report(type(base).__name__, tuple(rows))

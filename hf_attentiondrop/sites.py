@@ -1,23 +1,29 @@
-"""Which modules of a model attend through Transformers' attention interface, and where each of them stands."""
+"""Which modules of a model attend through Transformers' attention interface, and what governs each of them."""
 
+import copy
 import functools
 import inspect
+import io
+import tokenize
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
+from .parts import holders_of
+from .places import kind_of, positions_of
 
 
+# What model files call the attention interface.
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # What computes the base attention where nothing else was asked for.
 SDPA = "sdpa"
-# What model files call cross-attention, and the arguments that hand it the other sequence.
-CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
-OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
 # What they call the dropout of attention weights, the plainest name last: it may be that of other dropout.
 DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
 # What they call the cap of their attention scores.
@@ -44,9 +50,13 @@ class AttentionSite:
         base: the attention implementation that computes the base attention.
         softcap: what the module caps its scores by; `None` if it does not.
         strength: the `p` or `sigma_max` that governs the module now.
+        governor: a weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
 
     `calls` and `strength` are tensors, because numbers would be constants to `torch.compile`: it would compile anew
     when they change.
+
+    A module that is copied out of its model (a layer that is stacked twice, a module that PEFT trains a copy of) stays
+    governed by the model's config; a copy of the whole model is governed by the config that is copied with it.
     """
 
     config: PreTrainedConfig
@@ -58,9 +68,29 @@ class AttentionSite:
     base: str = SDPA
     softcap: float | None = None
     strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
+    governor: Callable[[], PreTrainedModel | None] | None = None
     _entry: dict | None = None
     _drop: AttentionDropConfig | None = None
     _is_active: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "governor": None}  # Weak references cannot be pickled.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionSite":
+        governor = None if self.governor is None else self.governor()
+        is_alone = governor is not None and id(governor) not in memo
+        other = object.__new__(type(self))
+        for name, value in self.__getstate__().items():
+            is_shared = is_alone and name not in ("calls", "strength")
+            other.__dict__[name] = value if is_shared else copy.deepcopy(value, memo)
+        if governor is not None:
+            other.governor = weakref.ref(governor if is_alone else memo[id(governor)])
+        return other
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Kind, stack, layer, length of the stack and softcap."""
+        return self.kind, self.stack, self.layer, self.num_layers, self.softcap
 
     @property
     def is_configured(self) -> bool:
@@ -104,9 +134,13 @@ def uses_attention_interface(module_class: type[nn.Module]) -> bool:
     runs something else.
     """
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class.forward)
+        source = inspect.getsource(module_class.forward)
     except (OSError, TypeError):
         return False
+    if INTERFACE not in source:
+        return False
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # A comment may mention it, too.
+    return any(token.type == tokenize.NAME and token.string == INTERFACE for token in tokens)
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -122,14 +156,20 @@ def attention_dropout(module: nn.Module) -> float:
 
 def place_sites(model: PreTrainedModel) -> None:
     """Gives every attention module of a whole model its site, keeping what was counted and chosen before."""
+    holders = {holder.name: holder for holder in holders_of(model)}
     modules = dict(attention_modules(model))
-    positions = _positions(model, list(modules))
+    positions = positions_of(model, list(modules))
     for name, module in modules.items():
         previous = getattr(module, "attention_drop_site", None)
-        kept = {} if previous is None else {"calls": previous.calls, "base": previous.base}
-        kept["softcap"] = getattr(module, SOFTCAP_NAME, None)
-        governing = _governing_config(model, name, module)
-        module.attention_drop_site = AttentionSite(governing, _kind(name, module), *positions[name], **kept)
+        governing = holders[name].governing
+        kind, softcap = kind_of(name, module), getattr(module, SOFTCAP_NAME, None)
+        site = AttentionSite(governing, kind, *positions[name], softcap=softcap)
+        if previous is not None and previous.config is governing and previous.place == site.place:
+            site = previous  # A compiled model compiles anew for another site.
+        elif previous is not None:
+            site.calls, site.base = previous.calls, previous.base
+        site.governor = weakref.ref(holders[name].owner)
+        module.attention_drop_site = site
 
 
 def check_selection(
@@ -185,77 +225,3 @@ def capped_blur(name: str, softcap: float) -> ValueError:
         'longer blurs the scores once tanh stands between them. Use variant="hard", or set the softcap of the model '
         "config to None."
     )
-
-
-def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and its sub-configs, at any depth."""
-    yield config
-    for name in config.sub_configs:
-        if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
-            yield from configs_of(sub_config)
-
-
-def _governing_config(model: PreTrainedModel, name: str, module: nn.Module) -> PreTrainedConfig:
-    registered = {id(config) for config in configs_of(model.config)}
-    while id(module.config) not in registered:
-        name = name.rpartition(".")[0]
-        while not isinstance(model.get_submodule(name), PreTrainedModel):
-            name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-    return module.config
-
-
-def _positions(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str, int, int]]:
-    """Stack, layer number and stack length for the name of every attention module.
-
-    A stack is the path up to the first number, and that number is the layer. A stack may be made of stages that hold
-    numbered blocks themselves (Swin): there the blocks that attend are counted through.
-    """
-    paths = {name: _stack_and_block(model, name) for name in names}
-    blocks = defaultdict(list)
-    for stack, block in paths.values():
-        if block not in blocks[stack]:
-            blocks[stack].append(block)
-
-    positions = {}
-    for name, (stack, block) in paths.items():
-        number = block.removeprefix(f"{stack}.")
-        if number.isdigit():
-            positions[name] = (stack, int(number), len(model.get_submodule(stack)))
-        else:
-            positions[name] = (stack, blocks[stack].index(block), len(blocks[stack]))
-    return positions
-
-
-def _stack_and_block(model: PreTrainedModel, name: str) -> tuple[str, str]:
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return name, name
-    # Numbered siblings of different classes (T5's self-attention, cross-attention and feed-forward) are the inside of
-    # one layer, not layers.
-    while len(numbers) > 1 and len({type(m) for m in model.get_submodule(".".join(parts[: numbers[-1]]))}) > 1:
-        numbers.pop()
-    return ".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1])
-
-
-def _kind(name: str, module: nn.Module) -> str:
-    """The kind of an attention, by what the model file calls it: at call time cross and self-attention look alike."""
-    path = name.lower().split(".")
-    labels = (type(module).__name__.lower(), *path[-2:])
-    parameters = inspect.signature(type(module).forward).parameters
-    if (
-        getattr(module, "is_cross_attention", False)
-        or any(mark in label for label in labels for mark in CROSS_NAMES)
-        or any(other in parameters and parameters[other].default is inspect.Parameter.empty for other in OTHER_STATES)
-    ):
-        return "cross"
-    is_decoder = _is_causal(module) or getattr(module, "is_decoder", False) or "decoder" in path
-    return "decoder_self" if is_decoder else "encoder_self"
-
-
-def _is_causal(module: nn.Module) -> bool:
-    if hasattr(module, "is_causal"):
-        return bool(module.is_causal)
-    # A module that says nothing is causal to SDPA.
-    return "is_causal" not in inspect.getsource(type(module).forward)

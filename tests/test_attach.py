@@ -141,7 +141,7 @@ def test_present_however_a_model_is_made(make: Any, tmp_path: Path) -> None:
     assert len(learned(model)) == 4
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["attn_implementation"] == "affine_scaled"
+    assert saved["attn_implementation"] == "hf_attentiondrop.affine_scaled"
     assert saved["attention_reweighting"] == AffineScaledConfig().to_dict()
 
 
@@ -168,7 +168,7 @@ def test_loading_with_another_implementation_is_refused(tmp_path: Path) -> None:
         AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="attention_sink")
 
 
-def test_without_the_plugin_loading_fails_loudly(tmp_path: Path) -> None:
+def test_without_the_plugin_loading_fails_and_names_it(tmp_path: Path) -> None:
     model = build_reweighted("bert")
     model.save_pretrained(tmp_path)
     code = (
@@ -179,7 +179,30 @@ def test_without_the_plugin_loading_fails_loudly(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 1 and "loaded" not in result.stdout
-    assert "ValueError" in result.stderr and "affine_scaled" in result.stderr
+    assert 'ValueError: Specified `attn_implementation="hf_attentiondrop.affine_scaled"`' in result.stderr
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_a_checkpoint_may_name_the_implementation_alone(composite: bool, tmp_path: Path) -> None:
+    if composite:
+        model = CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation={"text_config": "affine_scaled"})
+    else:
+        model = build_reweighted("bert")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("hf_attentiondrop.", ""))
+    assert '"affine_scaled"' in (tmp_path / "config.json").read_text()
+    assert learned(AutoModel.from_pretrained(tmp_path)).keys() and learned(model)
+
+
+def test_a_method_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    build_reweighted("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attn_implementation"] = "hf_attentiondrop.something_new"
+    del config["attention_reweighting"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="hf_attentiondrop.something_new.*newer release of hf_attentiondrop"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_the_configuration_is_fixed_once_attached() -> None:
@@ -255,7 +278,8 @@ def test_a_whole_composite_takes_one_entry(tmp_path: Path) -> None:
     model = CLIPModel._from_config(config, attn_implementation="gated_attention")
     assert len(learned(model)) == 2
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["attn_implementation"] == "gated_attention"
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["attn_implementation"] == "hf_attentiondrop.gated_attention"
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and again.config.text_config.attention_reweighting.layers == (0,)
 

@@ -30,6 +30,7 @@ from transformers import (
 import hf_attentiondrop
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.registration import register
+from hf_attentiondrop.sites import uses_attention_interface
 
 from .models import build, inputs
 
@@ -200,6 +201,60 @@ def test_the_dict_form_reaches_one_sub_model() -> None:
     assert len(perturbed(model)) == 1
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "attentiondrop"})
     assert perturbed(model) == ["vision_model.encoder.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize(
+    "requested",
+    [
+        {"txt_config": "attentiondrop"},
+        {"text_config": "attentiondrop", "vison_config": "sdpa"},
+        {"text_config": {"txt": "affine_scaled"}},
+    ],
+)
+def test_a_dict_that_names_no_part_is_refused(requested: dict[str, Any], tmp_path: Path) -> None:
+    message = "names '(txt_config|vison_config|txt)', and CLIP(Text)?Config has no such part"
+    with pytest.raises(ValueError, match=message):
+        CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation=requested)
+    model = CLIPModel(CLIPConfig(**TINY_CLIP))
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation(requested)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(tmp_path, attn_implementation=requested)
+
+
+def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match="'text_config', and BertConfig has no such part.*It has no parts; the key ''"
+    ):
+        build("bert", attn_implementation={"text_config": "attentiondrop"})
+    with pytest.raises(ValueError, match=r"""Did you mean "text_config".*'vision_config'"""):
+        CLIPConfig(**TINY_CLIP, attn_implementation={"txt_config": "attentiondrop"})
+    model = build("bert", attn_implementation={"": "attentiondrop"})
+    assert len(perturbed(model)) == 2
+    assert build("bert", attn_implementation={"text_config": "eager"}).config._attn_implementation == "sdpa"
+
+
+def test_a_name_that_is_nearly_ours_is_met_with_ours(tmp_path: Path) -> None:
+    message = 'attention_drop.*is not supported.*hf_attentiondrop adds "attentiondrop", "affine_scaled"'
+    message += '.*Did you mean "attentiondrop"'
+    build("bert", attn_implementation="sdpa").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="attention_drop")
+    with pytest.raises(ValueError, match=message):
+        build("bert", attn_implementation="sdpa").set_attn_implementation("attention_drop")
+    with pytest.raises(ValueError, match="nothing_like_it.*is not supported.*hf_attentiondrop adds") as caught:
+        build("bert", attn_implementation="nothing_like_it")
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_a_module_that_only_mentions_the_interface_is_no_attention() -> None:
+    class Mentions(torch.nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            """Not ALL_ATTENTION_FUNCTIONS."""
+            return states  # Not an `ALL_ATTENTION_FUNCTIONS` call site.
+
+    assert not uses_attention_interface(Mentions)
 
 
 def test_sub_configs_can_differ() -> None:
