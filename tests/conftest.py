@@ -1,9 +1,14 @@
 """What every test shares: one thread per process, a fixed seed, no way to the Hub, and Triton without a GPU."""
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+
+from .recipe_runs import run_shortly
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +22,12 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder that one short run of a recipe left, for all tests that only read it."""
+    return cache(lambda name: run_shortly(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How the tests run a recipe: as a program, as a module, and with input that it must refuse."""
+"""How the tests run a recipe: as a program, as a module, with input that it must refuse, and once for all to read."""
 
 import importlib
 import os
@@ -8,10 +8,28 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+# The tests of one recipe share its short run, so one worker takes them all.
+GROUPED_NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]
+
+# What a short run takes from a file; the flag goes before the steps there.
+SHORT_RUN_CONFIG = {"seed": 7, "layers": [0], "max_steps": 9, "learning_rate": 1e-3}
+SHORT_RUN = """
+    --max_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 9 --logging_steps 1 --max_eval_samples 24
+    --consistency_weight 0.5
+""".split()
+SMALL = {
+    "image_classification": ["--num_hidden_layers", "1"],
+    "text_classification": ["--num_hidden_layers", "1"],
+    "translation": ["--num_layers", "1", "--predict_with_generate", "false"],
+    "causal_lm": ["--num_hidden_layers", "1", "--max_train_samples", "200"],
+}
+ROBUSTNESS_SAMPLES = {"image_classification": 9, "text_classification": 5}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,3 +65,20 @@ def refusal(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str |
     assert written.out == ""
     assert line.startswith(f"{recipe.__name__}.py: error: "), written.err
     return line
+
+
+def short_run_flags(name: str, folder: Path) -> list[str]:
+    """The arguments of the short run of a recipe, less those that measure; some are written to a file in a folder."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(SHORT_RUN_CONFIG))
+    return ["--config", str(config), *SHORT_RUN, *SMALL[name]]
+
+
+def run_shortly(name: str, folder: Path) -> Path:
+    """Trains with a recipe for four steps, measures all that it can measure, and gives its output folder."""
+    flags = [*short_run_flags(name, folder), "--output_dir", str(folder / "out")]
+    if name in ROBUSTNESS_SAMPLES:
+        flags += ["--evaluate_robustness", "--robustness_samples", str(ROBUSTNESS_SAMPLES[name])]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        load(name, monkeypatch).main(flags)
+    return folder / "out"

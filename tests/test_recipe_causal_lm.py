@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, Pre
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
-from .recipe_runs import RECIPES, launch, load, refusal, run
+from .recipe_runs import RECIPES, launch, load, refusal
 
 
+pytestmark = pytest.mark.xdist_group("causal_lm")
 # Without the consistency term the steps are cheaper, and most of what is tested has nothing to do with it.
 QUICK = ["--max_steps", "2", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
 TEXTS = [f"The {adjective} {noun},\nso they say." for adjective in ("red", "old", "new") for noun in "abcdefgh"]
@@ -36,13 +38,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     return load("causal_lm", monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkpoint(short_run: Callable[[str], Path]) -> Path:
     """A small LLaMA with its tokenizer, as the recipe leaves it."""
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    result = run(RECIPES / "causal_lm.py", "--output_dir", folder, *QUICK)
-    assert result.returncode == 0, result.stderr
-    return folder
+    return short_run("causal_lm")
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -123,16 +122,15 @@ def test_blocks_hold_every_token_in_order(recipe: ModuleType) -> None:
     assert decoded == "".join(text + tokenizer.eos_token for text in TEXTS)
 
 
-def test_reported_perplexities_are_those_of_the_saved_model(recipe: ModuleType, tmp_path: Path) -> None:
-    recipe.main([*QUICK, "--max_steps", "8", "--max_train_samples", "200", "--output_dir", str(tmp_path)])
-    metrics = read(tmp_path, "metrics.json")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    data = recipe.load_data(recipe.TextDataArguments(max_train_samples=200, max_eval_samples=8))
+def test_reported_perplexities_are_those_of_the_saved_model(recipe: ModuleType, checkpoint: Path) -> None:
+    metrics = read(checkpoint, "metrics.json")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = recipe.load_data(recipe.TextDataArguments(max_train_samples=200, max_eval_samples=24))
     packed = recipe.pack(data, tokenizer, recipe.TextDataArguments(block_size=128))
     blocks = packed["validation"]["input_ids"][:]
     # Blocks of unequal length, so that a mean of means would differ.
     assert len({len(block) for block in blocks}) > 1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert metrics["eval_perplexity"] == pytest.approx(perplexity_by_hand(model, blocks), rel=1e-4)
 
     counts = Counter(token for block in packed["train"]["input_ids"] for token in block)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from hf_attentiondrop import AttentionDropConfig
 from .recipe_runs import RECIPES, launch, load, refusal, run
 
 
+pytestmark = pytest.mark.xdist_group("image_classification")
 CLASSES = ["nought", "one", "two"]
 QUICK = ["--max_steps", "2", "--max_eval_samples", "8"]
 SMALL = ["--image_size", "8", "--patch_size", "4", "--num_hidden_layers", "1", *QUICK]
@@ -46,14 +47,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkpoint(short_run: Callable[[str], Path]) -> Path:
     """A model of ten digits with its image processor, as the recipe leaves it."""
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        recipe = load("image_classification", monkeypatch)
-        recipe.main(["--output_dir", str(folder), "--num_hidden_layers", "1", *QUICK])
-    return folder
+    return short_run("image_classification")
 
 
 def some_digits() -> Iterator[tuple[PILImage.Image, int]]:
@@ -100,23 +97,13 @@ def test_run_without_arguments(tmp_path: Path) -> None:
     assert np.mean(predicted == bunch.target) > 0.95
 
 
-def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
-    flags = ["--output_dir", tmp_path / "out", *QUICK]
-    # Of accelerate's launchers only this one starts several processes, on CPUs too; --cpu would start a single one.
-    several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    result = launch(*several, RECIPES / "image_classification.py", *flags)
-    assert result.stdout.count("held-out images") == 1
-    assert "2 steps in" in result.stdout and "on 2 processes" in result.stdout
-    # Two steps of 32 images on each of two processes.
-    assert read(tmp_path / "out", "metrics.json")["epoch"] == pytest.approx(2 * 64 / 1437, rel=0.05)
-
-
 def test_image_folders(recipe: ModuleType, folders: dict[str, Path], tmp_path: Path) -> None:
     flags = ["--train_dir", str(folders["train"]), "--validation_dir", str(folders["validation"])]
     recipe.main([*flags, "--image_size", "8", "--patch_size", "4", "--max_steps", "2", "--output_dir", str(tmp_path)])
 
     metrics, counts = read(tmp_path, "metrics.json"), {name: count_images(folder) for name, folder in folders.items()}
     assert (metrics["train_samples"], metrics["eval_samples"]) == (counts["train"], counts["validation"])
+    assert "robustness" not in metrics
     assert set(read(tmp_path, "config.json")["id2label"].values()) == set(CLASSES)
 
 
@@ -179,7 +166,7 @@ def test_attention_arguments_reach_the_model(recipe: ModuleType, tmp_path: Path)
 def test_evaluation_alone_gives_the_accuracy_of_the_model(
     recipe: ModuleType, checkpoint: Path, tmp_path: Path
 ) -> None:
-    flags = ["--model_name_or_path", str(checkpoint), "--do_train", "false", "--max_eval_samples", "8"]
+    flags = ["--model_name_or_path", str(checkpoint), "--do_train", "false", "--max_eval_samples", "24"]
     recipe.main([*flags, "--output_dir", str(tmp_path)])
     metrics, trained = read(tmp_path, "metrics.json"), read(checkpoint, "metrics.json")
     assert metrics["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)

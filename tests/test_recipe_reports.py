@@ -4,8 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from datasets import Dataset
@@ -19,16 +19,10 @@ from hf_attentiondrop.evaluation.classifier import predict
 
 from .hub_server import TOKEN, Fault, running_hub
 from .models import build
-from .recipe_runs import RECIPES, ROOT, load
+from .recipe_runs import GROUPED_NAMES, RECIPES, ROBUSTNESS_SAMPLES, ROOT, SHORT_RUN, SMALL, load
 
 
-QUICK = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "24", "--consistency_weight", "0.5"]
-RUNS = {
-    "image_classification": ["--num_hidden_layers", "1", "--evaluate_robustness", "--robustness_samples", "9"],
-    "text_classification": ["--num_hidden_layers", "1", "--evaluate_robustness", "--robustness_samples", "5"],
-    "translation": ["--num_layers", "1", "--predict_with_generate", "false"],
-    "causal_lm": ["--num_hidden_layers", "1", "--max_train_samples", "200"],
-}
+PUSHED = [*SHORT_RUN, *SMALL["image_classification"], "--push_to_hub"]
 PICTURES = {
     "image_classification": {"attention_entropy", "reliability", "robustness", "training"},
     "text_classification": {"attention_entropy", "reliability", "robustness", "training"},
@@ -42,41 +36,36 @@ PICTURES = {
 }
 
 
-@pytest.fixture
-def recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(request.param, monkeypatch)
-
-
-@pytest.mark.parametrize("recipe", RUNS, indirect=True)
-def test_every_run_leaves_a_report(recipe: ModuleType, tmp_path: Path) -> None:
-    name = recipe.__name__
-    recipe.main([*QUICK, *RUNS[name], "--output_dir", str(tmp_path)])
-    card = ModelCard.load(tmp_path / "README.md")
+@pytest.mark.parametrize("name", GROUPED_NAMES)
+def test_every_run_leaves_a_report(name: str, short_run: Callable[[str], Path]) -> None:
+    folder = short_run(name)
+    card = ModelCard.load(folder / "README.md")
     shown = re.findall(r"!\[.*\]\(plots/(.*)\.png\)", card.text)
     assert set(shown) == PICTURES[name]
     for picture in shown:
-        with Image.open(tmp_path / "plots" / f"{picture}.png") as image:
+        with Image.open(folder / "plots" / f"{picture}.png") as image:
             assert image.width == 600
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert all(means["entropy"] > 0 for means in metrics["attention"].values())
     assert "### AttentionDrop: hard attention masking" in card.text and "| `consistency_weight` | 0.5 |" in card.text
-    assert str(tmp_path) not in str(card)
+    assert str(folder) not in str(card)
     if "robustness" in shown:
-        assert metrics["robustness"]["samples"] == int(RUNS[name][-1])
+        assert metrics["robustness"]["samples"] == ROBUSTNESS_SAMPLES[name]
         assert "upper bound" in card.text
     if name == "causal_lm":
         assert 0 < metrics["eval_expected_calibration_error"] < 1
 
 
-@pytest.mark.parametrize("recipe", ["image_classification"], indirect=True)
-def test_reported_calibration_is_that_of_the_saved_model(recipe: ModuleType, tmp_path: Path) -> None:
-    recipe.main([*QUICK, "--num_hidden_layers", "1", "--output_dir", str(tmp_path)])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert "robustness" not in metrics
+@pytest.mark.xdist_group("image_classification")
+def test_reported_calibration_is_that_of_the_saved_model(
+    short_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = load("image_classification", monkeypatch), short_run("image_classification")
+    metrics = json.loads((folder / "metrics.json").read_text())
     arguments = recipe.ImageDataArguments(max_eval_samples=24)
     rows = list(recipe.load_data(arguments)["validation"])
     processor = recipe.load_processor(recipe.ImageModelArguments(image_size=8))
-    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(folder)
     logits, labels = predict(model, [recipe.collate(rows, processor, arguments)])
     for name, value in calibration_metrics(logits, labels).items():
         assert metrics["calibration"][name] == pytest.approx(value, rel=1e-4)
@@ -95,34 +84,37 @@ def test_what_is_measured_first_is_of_every_class(tmp_path: Path, monkeypatch: p
     assert {number % 3 for number in seen[0][0]} == {0, 1, 2}
 
 
-def push(endpoint: str, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
+def push(endpoint: str, root: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """Runs the recipe with `--push_to_hub` in one process, into a folder and a repository of each name."""
     environment = {
         "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
+        "HF_HOME": str(root / "home"),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{RECIPES}",
     }
-    flags = [*QUICK, "--num_hidden_layers", "1", "--push_to_hub", "--hub_model_id", f"tester/{folder.name}"]
-    command = [sys.executable, RECIPES / "image_classification.py", *flags, "--output_dir", folder]
+    runs = [[*PUSHED, "--hub_model_id", f"tester/{name}", "--output_dir", str(root / name)] for name in names]
+    program = f"import image_classification\nfor flags in {runs}: image_classification.main(flags)"
+    program = f"import sys\nsys.argv = ['image_classification.py']\n{program}"
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
 def test_push_to_hub_uploads_the_report_or_says_why_not(tmp_path: Path) -> None:
     with running_hub([Fault("POST /api/models/tester/refused/commit", 403)]) as hub:
-        done, refused = (push(hub.endpoint, tmp_path / name, tmp_path / "home") for name in ("taken", "refused"))
-        assert done.returncode == 0, done.stderr
+        result = push(hub.endpoint, tmp_path, "taken", "refused")
+        assert "tester/taken" in hub.repositories, result.stderr
         files = hub.repositories["tester/taken"].files
         expected = {"README.md", "config.json", "metrics.json", "model.safetensors", "preprocessor_config.json"}
         assert expected | {"plots/reliability.png", "plots/training.png", "run.yaml"} <= files.keys()
         assert files["README.md"] == (tmp_path / "taken" / "README.md").read_bytes()
         assert TOKEN not in files["run.yaml"].decode()
 
-        line = refused.stderr.rstrip("\n").splitlines()[-1]
-        assert refused.returncode == 2
+        line = result.stderr.rstrip("\n").splitlines()[-1]
+        assert result.returncode == 2
         assert line.startswith("image_classification.py: error: The upload to 'tester/refused' failed: 403")
         assert "hf upload tester/refused" in line
         assert expected <= {path.name for path in (tmp_path / "refused").iterdir()}

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import (
     AutoConfig,
@@ -23,9 +25,10 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from .recipe_runs import RECIPES, launch, load, refusal, run
+from .recipe_runs import RECIPES, launch, load, refusal
 
 
+pytestmark = pytest.mark.xdist_group("text_classification")
 CLASSES = ["fruit", "tool"]
 WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "tool": ["hammer", "saw", "drill", "file"]}
 # Without the consistency term the steps are cheaper, and most of what is tested has nothing to do with it.
@@ -37,6 +40,22 @@ COLUMNS = ["--text_column", "note", "--label_column", "kind"]
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     return load("text_classification", monkeypatch)
+
+
+@pytest.fixture
+def checkpoint(short_run: Callable[[str], Path]) -> Path:
+    """A small BERT with its tokenizer, as the recipe leaves it."""
+    return short_run("text_classification")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a short run that is launched as the README says, which trains a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("launched") / "out"
+    result = launch(RECIPES / "text_classification.py", "--output_dir", folder, *QUICK, "--consistency_weight", "1")
+    assert result.stdout.count(str(folder / "metrics.json")) == 1
+    assert "hard p=0.1 k=5 fill=mask" in result.stdout and "2 steps in" in result.stdout
+    return folder
 
 
 def rows(count: int = 40) -> list[dict[str, str]]:
@@ -68,6 +87,12 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 
 
+def test_two_steps_under_accelerate_launch(launched: Path) -> None:
+    metrics = read(launched, "metrics.json")
+    assert metrics["train_loss"] > 0 and metrics["eval_loss"] > 0 and metrics["eval_samples"] == 16
+    assert load_file(launched / "model.safetensors")
+
+
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
     """A quarter of the run without arguments is well above its baseline already."""
@@ -86,12 +111,11 @@ def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
     assert yaml.safe_load((folder / "run.yaml").read_text())["consistency_weight"] == 1.0
 
 
-def test_saved_model_and_tokenizer_give_the_reported_metrics(recipe: ModuleType, tmp_path: Path) -> None:
-    recipe.main([*QUICK, "--max_steps", "12", "--output_dir", str(tmp_path)])
-    metrics = read(tmp_path, "metrics.json")
-    held_out = recipe.load_data(recipe.TextDataArguments(max_eval_samples=16))["validation"]
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+def test_saved_model_and_tokenizer_give_the_reported_metrics(recipe: ModuleType, checkpoint: Path) -> None:
+    metrics = read(checkpoint, "metrics.json")
+    held_out = recipe.load_data(recipe.TextDataArguments(max_eval_samples=24))["validation"]
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     with torch.no_grad():
         logits = model(**tokenizer(held_out["text"][:], padding=True, truncation=True, return_tensors="pt")).logits
     labels = np.array(held_out["label"])
@@ -102,11 +126,10 @@ def test_saved_model_and_tokenizer_give_the_reported_metrics(recipe: ModuleType,
     assert model.config.id2label[0] == held_out.features["label"].names[0]
 
 
-def test_two_processes_evaluate_the_same_texts(tmp_path: Path) -> None:
-    flags = ["--output_dir", tmp_path / "out", *QUICK]
-    result = launch("--num_processes", "2", "--cpu", RECIPES / "text_classification.py", *flags)
-    assert result.stdout.count("held-out texts") == 1
-    assert read(tmp_path / "out", "metrics.json")["eval_samples"] == 16
+def test_tokenizer_is_the_same_in_every_process(checkpoint: Path, launched: Path) -> None:
+    # Processes that train together number the tokens each by itself, as does a run that is resumed.
+    here, there = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (checkpoint, launched))
+    assert here == there and len(here) > 1000
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
@@ -120,21 +143,6 @@ def test_local_files(recipe: ModuleType, tmp_path: Path, suffix: str) -> None:
     metrics = read(tmp_path / "out", "metrics.json")
     assert (metrics["train_samples"], metrics["eval_samples"], metrics["majority_accuracy"]) == (40, 12, 0.5)
     assert read(tmp_path / "out", "config.json")["label2id"] == {"fruit": 0, "tool": 1}
-
-
-def test_tokenizer_is_the_same_in_every_process(recipe: ModuleType) -> None:
-    # Processes that train together number the tokens each by itself, as does a run that is resumed.
-    script = f"""
-import json, sys
-sys.path.insert(0, {str(RECIPES)!r})
-from shared.documentation import documentation_text
-from shared.text import train_encoder_tokenizer
-print(json.dumps(train_encoder_tokenizer(documentation_text()["text"], 1000, 64).get_vocab()))
-"""
-    there = json.loads(run("-c", script).stdout)
-    from shared.documentation import documentation_text
-
-    assert there == recipe.train_encoder_tokenizer(documentation_text()["text"], 1000, 64).get_vocab()
 
 
 def test_pairs_of_a_data_set_reach_the_model(recipe: ModuleType, tmp_path: Path) -> None:
@@ -151,9 +159,8 @@ def test_pairs_of_a_data_set_reach_the_model(recipe: ModuleType, tmp_path: Path)
     assert set(tokenized[0]["token_type_ids"]) == {0, 1}
 
 
-def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    recipe.main([*QUICK, "--output_dir", str(first)])
+def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+    first, second = checkpoint, tmp_path / "second"
     file = write(tmp_path / "train.csv", rows())
     flags = ["--model_name_or_path", str(first), "--train_file", str(file), *COLUMNS, "--max_length", "32"]
     recipe.main([*flags, *QUICK, "--learning_rate", "0", "--output_dir", str(second)])
@@ -242,10 +249,9 @@ def test_bad_data_ends_in_one_line(recipe: ModuleType, tmp_path: Path, capfd: py
 
 
 def test_text_longer_than_the_model_takes_is_refused(
-    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    recipe.main([*QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "model")])
-    flags = ["--model_name_or_path", tmp_path / "model", "--max_length", "65", "--output_dir", tmp_path / "out"]
+    flags = ["--model_name_or_path", checkpoint, "--max_length", "65", "--output_dir", tmp_path / "out"]
     assert "--max_length: the model takes 64 tokens, got 65" in refusal(recipe, capfd, *flags)
 
 

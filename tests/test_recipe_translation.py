@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 from .recipe_runs import RECIPES, launch, load, refusal
 
 
+pytestmark = pytest.mark.xdist_group("translation")
 QUICK = ["--max_steps", "2", "--max_eval_samples", "4", "--num_layers", "1", "--max_length", "12"]
 PAIRS = [(f"{number} cats", f"{number} Katzen") for number in range(2, 32)]
 
@@ -58,13 +59,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     return load("translation", monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkpoint(short_run: Callable[[str], Path]) -> Path:
     """A small Marian with its tokenizer, as the recipe leaves it."""
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        load("translation", monkeypatch).main([*QUICK, "--output_dir", str(folder)])
-    return folder
+    return short_run("translation")
 
 
 def read(folder: Path) -> dict[str, Any]:

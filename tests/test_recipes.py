@@ -1,6 +1,8 @@
 """What every recipe in `recipes/` promises, whatever its task; a new recipe is tested here by being there."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +19,11 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_attentiondrop import AttentionDropConfig
 
-from .recipe_runs import RECIPES, launch, load, refusal
+from .recipe_runs import GROUPED_NAMES, NAMES, RECIPES, SHORT_RUN_CONFIG, SMALL, load, refusal, short_run_flags
 
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+QUICK = {name: [*SMALL[name], "--max_steps", "1", "--max_eval_samples", "8"] for name in NAMES}
 BAD_INPUT = {
     "probability above 1": (["--p", "2"], "`p` must be a probability in [0, 1], got 2.0"),
     "unknown perturbation": (["--variant", "harder"], "`variant` must be one of"),
@@ -40,7 +42,7 @@ BAD_INPUT = {
 }
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=GROUPED_NAMES)
 def recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load(request.param, monkeypatch)
 
@@ -60,27 +62,14 @@ def test_help_lists_every_argument(recipe: ModuleType, capsys: pytest.CaptureFix
     assert "probability in [0, 1] with which each of the" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_steps_under_accelerate_launch(name: str, tmp_path: Path) -> None:
-    result = launch(RECIPES / f"{name}.py", "--output_dir", tmp_path / "out", "--max_steps", "2")
-    assert str(tmp_path / "out" / "metrics.json") in result.stdout
-    assert "hard p=0.1 k=5 fill=mask" in result.stdout
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["train_loss"] > 0 and metrics["eval_loss"] > 0
-    assert load_file(tmp_path / "out" / "model.safetensors")
+def test_run_file_reproduces_the_run(recipe: ModuleType, short_run: Callable[[str], Path], tmp_path: Path) -> None:
+    first = short_run(recipe.__name__)
+    recipe.main(["--config", str(first / "run.yaml"), "--output_dir", str(tmp_path)])
 
-
-def test_run_file_reproduces_the_run(recipe: ModuleType, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    config = tmp_path / "config.yaml"
-    config.write_text("seed: 7\nvariant: blur\nlayers: [0]\nmax_steps: 5\nlearning_rate: 1e-3\n")
-    recipe.main(["--config", str(config), "--max_steps", "2", "--output_dir", str(first)])
-    recipe.main(["--config", str(first / "run.yaml"), "--output_dir", str(second)])
-
-    record = yaml.safe_load((second / "run.yaml").read_text())
-    expected = {"seed": 7, "variant": "blur", "layers": [0], "max_steps": 2, "learning_rate": 1e-3}
+    record = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    expected = {**SHORT_RUN_CONFIG, "max_steps": 4}
     assert {name: record[name] for name in expected} == expected
-    weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
+    weights = [load_file(folder / "model.safetensors") for folder in (first, tmp_path)]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
@@ -96,7 +85,7 @@ def test_base_attention_computes_what_is_blurred_and_left_alone(
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "kernel", kernel)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "kernel", sdpa_mask)
-    flags = ["--variant", "blur", "--base_attention", "kernel", "--max_steps", "1"]
+    flags = ["--variant", "blur", "--base_attention", "kernel", *QUICK[recipe.__name__]]
     recipe.main([*flags, "--output_dir", str(tmp_path)])
     assert modes == {True, False}
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["base_attention"] == "kernel"
@@ -134,7 +123,7 @@ def test_output_folder_is_not_overwritten_unasked(
 ) -> None:
     (tmp_path / "results.txt").write_text("precious")
     (tmp_path / "checkpoint-900").mkdir()
-    flags = ["--output_dir", str(tmp_path), "--max_steps", "1"]
+    flags = ["--output_dir", str(tmp_path), *QUICK[recipe.__name__]]
     assert "is not empty" in refusal(recipe, capfd, *flags)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -150,12 +139,13 @@ def test_output_folder_that_is_a_file_is_refused(
     assert "is a file" in refusal(recipe, capfd, "--output_dir", tmp_path / "out")
 
 
-def test_resumed_run_equals_uninterrupted_run(recipe: ModuleType, tmp_path: Path) -> None:
-    flags = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "9"]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    recipe.main([*flags, "--output_dir", str(whole)])
+def test_resumed_run_equals_uninterrupted_run(
+    recipe: ModuleType, short_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole, resumed = short_run(recipe.__name__), tmp_path / "resumed"
     (resumed / "checkpoint-3").mkdir(parents=True)  # of a run killed while it saved
-    (whole / "checkpoint-2").rename(resumed / "checkpoint-2")
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    flags = short_run_flags(recipe.__name__, tmp_path)
     recipe.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint"])
 
     expected, actual = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
@@ -177,7 +167,7 @@ def test_best_checkpoint_is_loaded_at_the_end(recipe: ModuleType, tmp_path: Path
         "loss",
         "--greater_is_better",
     ]
-    recipe.main([*every_second, *best, "true", "--output_dir", str(tmp_path)])
+    recipe.main([*every_second, *best, "true", *SMALL[recipe.__name__], "--output_dir", str(tmp_path)])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 2
     metrics = json.loads((tmp_path / "metrics.json").read_text())
