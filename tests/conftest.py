@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .recipe_runs import run_shortly
+from .recipe_runs import ROOT, launch, run_shortly
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +28,16 @@ def seed() -> None:
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the folder that one short run of a recipe left, for all tests that only read it."""
     return cache(lambda name: run_shortly(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `two_processes.py` left, launched on two processes of this machine's processor."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "tests.two_processes"]
+    launch(*options, folder, cwd=ROOT)
+    return folder
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""Tiny real training runs for the tests of the consistency trainers; as a program it runs them on several processes.
+"""Tiny real training runs for the tests of the consistency trainers, on one process or on several.
 
 Dropout is off, and a hook adds to every token embedding a perturbation that depends on the token and on the pass
 alone. So every way to cut a batch into micro-batches and processes sees the same perturbations.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -221,7 +220,3 @@ def main(output: str, batch_size: str, accumulation: str) -> None:
             results[task, smoothing] = trainer.accelerator.num_processes, trainer.state.log_history[0], gradients
     if trainer.is_world_process_zero():
         torch.save(results, output)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

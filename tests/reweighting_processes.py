@@ -1,9 +1,4 @@
-"""What `test_reweighting_processes.py` launches: one step of a tiny model, on a part of the batch in each process.
-
-torchrun --nproc_per_node 2 -m tests.reweighting_processes ddp|fsdp results.pt
-"""
-
-import sys
+"""For `test_reweighting_processes.py`: one step of a tiny model, on a part of the batch in each process."""
 
 import torch
 import torch.distributed as dist
@@ -15,6 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_attentiondrop import AffineScaledConfig
 
 from .models import build, inputs
+
+
+WRAPPERS = ("ddp", "fsdp")
 
 
 def step(wrapper: str | None, samples: slice, num_processes: int = 1) -> dict[str, torch.Tensor]:
@@ -44,11 +42,8 @@ def step(wrapper: str | None, samples: slice, num_processes: int = 1) -> dict[st
     return results
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def steps(rank: int, num_processes: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What a process finds with each wrapper."""
     # Unequal parts: a mean of the processes' means would be another number.
-    results = step(sys.argv[1], [slice(0, 3), slice(3, 4)][rank], dist.get_world_size())
-    torch.save(results, f"{sys.argv[2]}.{rank}")
-    dist.destroy_process_group()
+    samples = [slice(0, 3), slice(3, 4)][rank]
+    return {wrapper: step(wrapper, samples, num_processes) for wrapper in WRAPPERS}

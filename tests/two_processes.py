@@ -1,0 +1,21 @@
+"""What the tests launch on two processes, once for all of them: steps of the Trainer, and of learned attention.
+
+accelerate launch --multi_gpu --num_processes 2 --module tests.two_processes results
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import consistency_tasks, reweighting_processes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    consistency_tasks.main(str(folder / "steps.pt"), "2", "2")
+    # The trainers have made the group of the processes.
+    rank = dist.get_rank()
+    torch.save(reweighting_processes.steps(rank, dist.get_world_size()), folder / f"reweighting.{rank}.pt")
