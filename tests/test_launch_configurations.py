@@ -76,10 +76,8 @@ def test_launcher_sets_what_the_configuration_says(name: str, expected: dict[str
     assert {key: environment.get(key) for key in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "image_classification" else pytest.mark.slow) for name in NAMES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_two_cpu_processes_train_together(name: str, tmp_path: Path) -> None:
     config = FOLDER / "cpu_2_processes.yaml"
     flags = [*SMALL[name], *FLAGS, "--output_dir", tmp_path]
