@@ -32,6 +32,8 @@ from .hub_server import TOKEN, Fault, HubServer, running_hub
 from .models import build, inputs
 
 
+# The folder of one process that pushes is what most of them read.
+pytestmark = pytest.mark.xdist_group("hub")
 ROOT = Path(__file__).parents[1]
 FAULTS = [
     Fault("POST /api/models/tester/forbidden/commit", 403),
