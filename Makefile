@@ -1,15 +1,27 @@
-# demo and test make a virtual environment first, if there is none. Another Python: make test PYTHON=python3.12
+# Each target makes a virtual environment first, if there is none. Another Python: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# Tests of one group share what was trained or launched once, so that one worker takes them all.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test install style model_cards
+.PHONY: demo test test-all test-versions install style model_cards
 
 demo: $(VENV)/recipes.installed
 	$(VENV)/bin/accelerate launch recipes/image_classification.py --output_dir runs/demo --overwrite_output_dir \
 		--evaluate_robustness
 
+# All but what is marked slow: whole trainings, most launches of several processes, most of what compiles.
 test: install
-	$(VENV)/bin/python -m pytest -n 2
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST) --durations=20
+
+# All tests on the oldest versions that are supported, in .venv-lowest. They are downloaded first, torch among them, as
+# pip finds it for this machine: gigabytes with the libraries of CUDA, unless a CPU build is there already.
+test-versions:
+	$(MAKE) test-all VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
 install: $(VENV)/test.installed
 
@@ -20,7 +32,7 @@ style: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/%.installed: pyproject.toml constraints.txt
+$(VENV)/%.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[$*]'
+	$(VENV)/bin/python -m pip install --constraint $(CONSTRAINTS) --editable '.[$*]'
 	touch $@
