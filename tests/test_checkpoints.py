@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import hf_attentiondrop
@@ -16,36 +17,54 @@ from hf_attentiondrop import AttentionDropConfig
 from .models import build, inputs
 
 
+FAMILIES = ["bert", "vit", "marian", "llama"]
 WITHOUT_THE_PLUGIN = """
 import sys
 import torch, transformers
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
-folder, class_name = sys.argv[1:]
-model, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
-assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-assert model.config._attn_implementation == "sdpa", model.config._attn_implementation
-with torch.no_grad():
-    logits = model.eval()(**load_file(folder + "/inputs.safetensors")).logits
-save_file({"logits": logits.contiguous()}, folder + "/logits.safetensors")
+for folder in sys.argv[1:]:
+    class_name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model, info = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.config._attn_implementation == "sdpa", model.config._attn_implementation
+    with torch.no_grad():
+        logits = model.eval()(**load_file(folder + "/inputs.safetensors")).logits
+    save_file({"logits": logits.contiguous()}, folder + "/logits.safetensors")
 assert "hf_attentiondrop" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
-def test_inference_without_the_plugin_is_bit_identical(family: str, tmp_path: Path) -> None:
-    model, batch = build(family, attention_drop=AttentionDropConfig(variant="blur", layers=[0])), inputs(family)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()(**batch).loss.backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    save_file(batch, tmp_path / "inputs.safetensors")
-    command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(tmp_path), type(model).__name__]
-    subprocess.run(command, check=True, timeout=120)
-    with torch.no_grad():
-        logits = model.eval()(**batch).logits
-    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits)
-    assert (tmp_path / "model.safetensors").exists()
+@pytest.fixture(scope="module")
+def stock_logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits of trained models here, and after loading them in a process without the plugin, one for all families."""
+    folders, logits = {}, {}
+    for family in FAMILIES:
+        torch.manual_seed(0)
+        drop = AttentionDropConfig(variant="blur", layers=[0])
+        model, batch = build(family, attention_drop=drop), inputs(family)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        folders[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folders[family])
+        assert (folders[family] / "model.safetensors").exists()
+        save_file(batch, folders[family] / "inputs.safetensors")
+        with torch.no_grad():
+            logits[family] = model.eval()(**batch).logits
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders.values()], check=True, timeout=300)
+    return {
+        family: (logits[family], load_file(folders[family] / "logits.safetensors")["logits"]) for family in FAMILIES
+    }
+
+
+@pytest.mark.xdist_group("checkpoints")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_without_the_plugin_is_bit_identical(
+    family: str, stock_logits: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    here, stock = stock_logits[family]
+    assert torch.equal(stock, here)
 
 
 def test_the_configuration_comes_back_and_waits_to_be_asked_for(tmp_path: Path) -> None:
