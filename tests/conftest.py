@@ -19,6 +19,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what a file does not name in its mark `quick`, if it has one."""
+    for item in items:
+        quick = item.get_closest_marker("quick")
+        if quick is not None and item.name not in quick.args:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -20,6 +20,16 @@ DROPS = {
 }
 
 
+# One case of each mechanism: a perturbation in a graph, one in blocks, and another strength.
+pytestmark = pytest.mark.quick(
+    "test_training_compiles_in_one_graph_and_counts[llama-hard_mask]",
+    "test_training_compiles_in_one_graph_and_counts[vit-hard_zero]",
+    "test_training_compiles_in_one_graph_and_counts[bert-blur]",
+    "test_hard_in_blocks_compiles_in_one_graph[bert-hard_mask]",
+    "test_a_schedule_does_not_compile_again[llama-hard_mask]",
+)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch._dynamo.reset()
