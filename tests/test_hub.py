@@ -377,6 +377,7 @@ def test_card_on_the_hub_is_ours_and_was_looked_at(hub: HubServer, pushed: Path)
     assert reweighted.eval_results[0].metric_value == METRICS["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_models_come_back_by_their_ids_as_their_cards_say(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
     run(hub, tmp_path / "home", sys.executable, "-m", "tests.hub_load", tmp_path / "results.pt")
     results, outputs = torch.load(tmp_path / "results.pt"), torch.load(pushed / "outputs.pt")
@@ -417,6 +418,7 @@ def test_trainer_that_cannot_reach_the_hub_says_so_before_it_trains(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command_of_the_error_uploads_the_run(
     hub: HubServer, pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
