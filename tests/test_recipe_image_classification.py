@@ -78,8 +78,9 @@ def data_set(folder: Path, labels: list, label_type: str) -> Path:
 
 
 @pytest.mark.slow
-def test_run_without_arguments(tmp_path: Path) -> None:
-    result = launch(RECIPES / "image_classification.py", cwd=tmp_path)
+def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
+    """A third of the run without arguments knows most digits already."""
+    result = launch(RECIPES / "image_classification.py", "--num_train_epochs", "7", cwd=tmp_path)
     folder = tmp_path / "runs" / "image_classification"
     metrics = read(folder, "metrics.json")
     assert metrics["eval_accuracy"] >= 0.95
