@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
-from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
 from shared.evaluation import measure_attention
 from shared.output import check_output_dir, finish
+from shared.parser import RecipeParser
 from shared.text import FileArguments, check_text, load_data_asked_for
 from shared.training import train
 from torch import Tensor

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
-from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
 from shared.evaluation import EvaluationArguments, measure_classifier
 from shared.output import check_output_dir, finish
+from shared.parser import RecipeParser
 from shared.training import train
 from sklearn.datasets import load_digits
 from transformers import (

@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
-from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
 from shared.evaluation import EvaluationArguments, measure_classifier
 from shared.output import check_output_dir, finish
+from shared.parser import RecipeParser
 from shared.text import FileArguments, check_text, load_data_asked_for, train_encoder_tokenizer
 from shared.training import train
 from sklearn.metrics import f1_score

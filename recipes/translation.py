@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 import sacrebleu
 from datasets import Dataset, DatasetDict
-from shared.arguments import ModelArguments, RecipeParser, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
 from shared.evaluation import measure_attention
 from shared.output import check_output_dir, finish
+from shared.parser import RecipeParser
 from shared.training import train
 from shared.translations import TranslationDataArguments, load_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

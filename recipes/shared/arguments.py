@@ -1,29 +1,21 @@
-"""The command line of a recipe: dataclasses as flags, a YAML file under them, and errors of one line."""
+"""The arguments that the recipes share, and what they say about attention."""
 
-import argparse
-import difflib
-import inspect
-import json
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser
 
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
+ATTENTION_DROP = "attentiondrop"
 ATTENTION_DROP_FIELDS = tuple(field.name for field in fields(AttentionDropConfig))
-# What transformers, datasets and torch raise for a path, a name or a value that the user got wrong.
-BAD_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+# The fields of AttentionDropConfig that only one variant reads.
+VARIANT_FIELDS = {"hard": ("p", "k", "fill"), "blur": ("sigma_max", "width")}
 
 
 @dataclass
@@ -39,11 +31,12 @@ class ModelArguments:
         },
     )
     attn_implementation: str = field(
-        default="attentiondrop",
+        default=ATTENTION_DROP,
         metadata={
             "help": "Attention to train with: attentiondrop; or one that learns, affine_scaled, attention_sink or "
-            "gated_attention, which AttentionDrop perturbs where one of its flags is given; or the baseline, sdpa, "
-            "which those flags do not touch."
+            "gated_attention, which AttentionDrop perturbs where one of its flags is given as well; or the baseline, "
+            "sdpa, which takes none of those flags. Where it is on the command line, what --config sets of another "
+            "method does not apply."
         },
     )
     base_attention: str | None = field(
@@ -105,7 +98,14 @@ def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, reweighting = values["attn_implementation"], values["attention_reweighting"]
     drop = {field_: values[field_] for field_ in ATTENTION_DROP_FIELDS if field_ in values}
-    is_dropping = name == "attentiondrop" or (name in REWEIGHTINGS and bool(drop))
+    is_dropping = name == ATTENTION_DROP or (name in REWEIGHTINGS and bool(drop))
+    if drop and not is_dropping:
+        flags = ", ".join(f"--{field_}" for field_ in drop)
+        raise ValueError(
+            f"{flags}: settings of AttentionDrop need --attn_implementation {ATTENTION_DROP} or one of "
+            f"{', '.join(REWEIGHTINGS)}, got {name}, where they would have no effect. Leave them out, or name one of "
+            "those."
+        )
     options = {"attn_implementation": name, "attention_drop": AttentionDropConfig(**drop) if is_dropping else None}
     if reweighting is not None:
         if name not in REWEIGHTINGS:
@@ -122,111 +122,36 @@ def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Finds what a file of arguments sets for another method than the one that the command line names.
 
-
-class RecipeParser(HfArgumentParser):
-    """[`~transformers.HfArgumentParser`] for a recipe.
-
-    Adds the fields of [`AttentionDropConfig`] as flags, and `--config` with a YAML file of flags, which those on the
-    command line override. Whatever is wrong ends in one line on stderr and exit code 2.
+    A file describes a run with its own method, so that the same file with another method on the command line must not
+    train both. Settings on the command line always apply, and so combine methods on purpose, as one file does.
 
     Args:
-        description (`str`): text for `--help`, usually the recipe's docstring.
-        dataclass_types (`Sequence[type]`): dataclasses whose fields become flags.
+        of_file (`Mapping[str, Any]`): the values given in the file.
+        typed (`Mapping[str, Any]`): the values given on the command line.
+
+    Returns:
+        `dict[str, list[str]]`: flag on the command line to the names of what it makes inapplicable in the file.
+
+    Example:
+
+    >>> settings_left_out({"p": 0.2, "k": 3, "seed": 1}, {"attn_implementation": "affine_scaled", "k": 4})
+    {'attn_implementation': ['p']}
     """
-
-    def __init__(self, description: str, dataclass_types: Sequence[type]) -> None:
-        super().__init__(dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.add_argument("--config", help="YAML file of arguments; flags on the command line override it.")
-        self.values: dict[str, Any] = {}
-        group = self.add_argument_group("AttentionDrop")
-        types, helps = get_type_hints(AttentionDropConfig), _documented_arguments(AttentionDropConfig)
-        for field_ in fields(AttentionDropConfig):
-            hint = types[field_.name]
-            items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
-            options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
-            if get_args(hint) == (int, float):
-                options = {"type": _number}
-            # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
-            help_ = f"{helps[field_.name]} (default: {field_.default})"
-            group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
-
-    def parse(
-        self,
-        argv: Sequence[str] | None = None,
-        defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
-    ) -> tuple[Any, ...]:
-        """Reads the flags over the YAML file over the defaults.
-
-        Args:
-            argv (`Sequence[str]`, *optional*): the flags; those of the process by default.
-            defaults (`Callable`, *optional*):
-                Gives, for the values read, defaults that depend on them; they stand below the file and the flags.
-
-        Returns:
-            `tuple`: one object per dataclass, then the [`attention_options`]. The plain values stay in `values`.
-
-        Raises:
-            SystemExit: with code 2, for anything that is wrong.
-        """
-        flags = list(sys.argv[1:] if argv is None else argv)
-        flags = self._flags_of_config(self._read(flags)["config"]) + flags
-        self.set_defaults(**defaults(self._read(flags)))
-        self.values = self._read(flags)
-        with self.refusing_bad_input():
-            attention = attention_options(self.values)
-            arguments = self.parse_dict(self.values, allow_extra_keys=True)
-        if attention["attention_drop"] is not None:
-            self.values |= attention["attention_drop"].to_dict()
-        return (*arguments, attention)
-
-    def error(self, message: str) -> None:
-        """Ends the process with exit code 2 and one line on stderr, of several on a machine from the first only."""
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line}\n" if is_first else None)
-
-    @contextmanager
-    def refusing_bad_input(self) -> Iterator[None]:
-        """Turns what a library raises for bad input into [`RecipeParser.error`]."""
-        try:
-            yield
-        except BAD_INPUT_ERRORS as error:
-            self.error(str(error))
-
-    def _read(self, flags: list[str]) -> dict[str, Any]:
-        namespace, unknown = self.parse_known_args(flags)
-        if unknown:
-            name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-            self.error(f"unknown argument {unknown[0]}.{_suggestion(name, self._names, '--')}")
-        return vars(namespace)
-
-    @property
-    def _names(self) -> list[str]:
-        return [action.dest for action in self._actions]
-
-    def _flags_of_config(self, path: str | None) -> list[str]:
-        """The contents of the YAML file as flags, so that both are checked by the same rules."""
-        if path is None:
-            return []
-        try:
-            contents = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
-            self.error(f"--config {path} cannot be read: {error}")
-        if not isinstance(contents, dict):
-            self.error(f"--config {path} must hold `argument: value` lines, got {type(contents).__name__}.")
-        known = [name for name in self._names if name != "config"]
-        flags: list[str] = []
-        for name, value in contents.items():
-            if name not in known:
-                self.error(f"unknown key {name!r} in --config {path}.{_suggestion(str(name), known)}")
-            if isinstance(value, list):
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-        return flags
+    groups: dict[str, set[str]] = {}
+    old, new = (values.get("attn_implementation", ATTENTION_DROP) for values in (of_file, {**of_file, **typed}))
+    if new != old:
+        # AttentionDrop alone is what remains of a learned method that it perturbs.
+        drop = set() if new == ATTENTION_DROP else set(ATTENTION_DROP_FIELDS)
+        groups["attn_implementation"] = {"attention_reweighting"} | drop
+    default = AttentionDropConfig().variant
+    old, new = (values.get("variant", default) for values in (of_file, {**of_file, **typed}))
+    if new != old:
+        groups["variant"] = {name for variant, names in VARIANT_FIELDS.items() if variant != new for name in names}
+    left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
+    return {flag: names for flag, names in left_out.items() if names}
 
 
 def check_path(flag: str, name: str | None, is_local: bool = False) -> None:
@@ -244,21 +169,3 @@ def check_path(flag: str, name: str | None, is_local: bool = False) -> None:
         return
     if is_local or name.startswith((".", "~")) or Path(name).is_absolute() or len(Path(name).parts) > 2:
         raise FileNotFoundError(f"{flag}: expected an existing path, there is nothing at {name!r}.")
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{nearest[0]}?" if nearest else " See --help for those there are."
-
-
-def _documented_arguments(documented: type) -> dict[str, str]:
-    """The descriptions under `Args:` of a docstring in Hugging Face style."""
-    entries = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.+\n)+)", inspect.getdoc(documented), flags=re.MULTILINE)
-    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}

@@ -19,8 +19,8 @@ from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_pl
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
 from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE
 
-from .arguments import RecipeParser
 from .checkpoints import find_checkpoint
+from .parser import RecipeParser
 
 
 RUN_FILE = "run.yaml"

@@ -1,0 +1,179 @@
+"""The parser of a recipe: dataclasses as flags, a YAML file under them, and errors of one line."""
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_attentiondrop import AttentionDropConfig
+
+from .arguments import attention_options, settings_left_out
+
+
+# What transformers, datasets and torch raise for a path, a name or a value that the user got wrong.
+BAD_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+NOT_GIVEN = object()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class RecipeParser(HfArgumentParser):
+    """[`~transformers.HfArgumentParser`] for a recipe.
+
+    Adds the fields of [`AttentionDropConfig`] as flags, and `--config` with a YAML file of flags, which those on the
+    command line override. Whatever is wrong ends in one line on stderr and exit code 2.
+
+    Args:
+        description (`str`): text for `--help`, usually the recipe's docstring.
+        dataclass_types (`Sequence[type]`): dataclasses whose fields become flags.
+    """
+
+    def __init__(self, description: str, dataclass_types: Sequence[type]) -> None:
+        super().__init__(dataclass_types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.add_argument("--config", help="YAML file of arguments; flags on the command line override it.")
+        self.values: dict[str, Any] = {}
+        self.given: set[str] = set()
+        group = self.add_argument_group("AttentionDrop")
+        types, helps = get_type_hints(AttentionDropConfig), _documented_arguments(AttentionDropConfig)
+        for field_ in fields(AttentionDropConfig):
+            hint = types[field_.name]
+            items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
+            options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
+            if get_args(hint) == (int, float):
+                options = {"type": _number}
+            # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
+            help_ = f"{helps[field_.name]} (default: {field_.default})"
+            group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
+
+    def parse(
+        self,
+        argv: Sequence[str] | None = None,
+        defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
+    ) -> tuple[Any, ...]:
+        """Reads the flags over the YAML file over the defaults.
+
+        What the file sets of a method does not apply where a flag on the command line names another method, see
+        [`settings_left_out`]; that is said on stderr.
+
+        Args:
+            argv (`Sequence[str]`, *optional*): the flags; those of the process by default.
+            defaults (`Callable`, *optional*):
+                Gives, for the values read, defaults that depend on them; they stand below the file and the flags.
+
+        Returns:
+            `tuple`: one object per dataclass, then the [`attention_options`]. The plain values stay in `values`, and
+            the names of those that a flag or the file gave in `given`.
+
+        Raises:
+            SystemExit: with code 2, for anything that is wrong.
+        """
+        typed = list(sys.argv[1:] if argv is None else argv)
+        typed_values = self._given(typed)
+        path = typed_values.get("config")
+        from_file = self._flags_of_config(path)
+        file_values = self._given(chain.from_iterable(from_file.values()))
+        if left_out := settings_left_out(file_values, typed_values):
+            self.note(
+                f"{' and '.join(f'--{name} {typed_values[name]}' for name in left_out)}: the settings of --config "
+                f"{path} for another method do not apply: {', '.join(chain.from_iterable(left_out.values()))}. Type "
+                "those that are to apply."
+            )
+        from_file = {name: flags for name, flags in from_file.items() if name not in chain(*left_out.values())}
+        flags = [*chain.from_iterable(from_file.values()), *typed]
+        self.given = {*from_file, *typed_values}
+        self.set_defaults(**defaults(self._read(flags)))
+        self.values = self._read(flags)
+        with self.refusing_bad_input():
+            attention = attention_options(self.values)
+            arguments = self.parse_dict(self.values, allow_extra_keys=True)
+        if attention["attention_drop"] is not None:
+            self.values |= attention["attention_drop"].to_dict()
+        return (*arguments, attention)
+
+    def error(self, message: str) -> None:
+        """Ends the process with exit code 2 and one line on stderr, of several on a machine from the first only."""
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line}\n" if is_first else None)
+
+    def note(self, message: str) -> None:
+        """Says on stderr, in one line and once for all processes of a machine, what the user should know."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: note: {' '.join(message.split())}", file=sys.stderr)
+
+    @contextmanager
+    def refusing_bad_input(self) -> Iterator[None]:
+        """Turns what a library raises for bad input into [`RecipeParser.error`]."""
+        try:
+            yield
+        except BAD_INPUT_ERRORS as error:
+            self.error(str(error))
+
+    def _given(self, flags: Iterable[str]) -> dict[str, Any]:
+        """The values of those arguments that the flags give."""
+        values = self._read(flags, argparse.Namespace(**dict.fromkeys(self._names, NOT_GIVEN)))
+        return {name: value for name, value in values.items() if value is not NOT_GIVEN}
+
+    def _read(self, flags: Iterable[str], namespace: argparse.Namespace | None = None) -> dict[str, Any]:
+        namespace, unknown = self.parse_known_args(list(flags), namespace)
+        if unknown:
+            name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+            self.error(f"unknown argument {unknown[0]}.{_suggestion(name, self._names, '--')}")
+        return vars(namespace)
+
+    @property
+    def _names(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+    def _flags_of_config(self, path: str | None) -> dict[str, list[str]]:
+        """The contents of the YAML file as flags by their name, so that both are checked by the same rules."""
+        if path is None:
+            return {}
+        try:
+            contents = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            self.error(f"--config {path} cannot be read: {error}")
+        if not isinstance(contents, dict):
+            self.error(f"--config {path} must hold `argument: value` lines, got {type(contents).__name__}.")
+        known = [name for name in self._names if name != "config"]
+        flags: dict[str, list[str]] = {}
+        for name, value in contents.items():
+            if name not in known:
+                self.error(f"unknown key {name!r} in --config {path}.{_suggestion(str(name), known)}")
+            if isinstance(value, list):
+                flags[name] = [f"--{name}", *map(str, value)]
+            elif value is not None:
+                flags[name] = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+        return flags
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix}{nearest[0]}?" if nearest else " See --help for those there are."
+
+
+def _documented_arguments(documented: type) -> dict[str, str]:
+    """The descriptions under `Args:` of a docstring in Hugging Face style."""
+    entries = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.+\n)+)", inspect.getdoc(documented), flags=re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
