@@ -33,13 +33,13 @@ import torch
 from datasets import DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights
+from shared.checkpoints import accept_saved_weights, load_pretrained
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
 from shared.evaluation import measure_attention
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
-from shared.text import FileArguments, check_text, load_data_asked_for
+from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for
 from shared.training import train
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -58,6 +58,7 @@ from transformers import (
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
+from hf_attentiondrop.evaluation.pretrained import load_processor
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
@@ -128,7 +129,7 @@ def load_tokenizer(arguments: LanguageModelArguments, texts: Sequence[str]) -> P
     if not arguments.model_name_or_path:
         return GPT2Tokenizer().train_new_from_iterator(texts, arguments.vocab_size, show_progress=False)
     check_path("--model_name_or_path", arguments.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    tokenizer = load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--model_name_or_path: the tokenizer of {arguments.model_name_or_path} has no token for the end of a "
@@ -160,7 +161,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model, with the attention asked for."""
     if arguments.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **attention)
+        model = load_pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **attention)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest and block_size > longest:
             raise ValueError(f"--block_size: the model takes {longest} tokens, got {block_size}.")
@@ -257,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
             packed = pack(data, tokenizer, data_args)
         model = load_model(model_args, attention, tokenizer, data_args.block_size)
+        check_tokens(packed, model)
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)
         if lora_args.use_peft:

@@ -28,9 +28,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights
+from shared.checkpoints import accept_saved_weights, load_pretrained
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
 from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.images import check_images
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.training import train
@@ -47,8 +48,10 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.evaluation.images import convert_image
+from hf_attentiondrop.evaluation.checkpoint import channels_of, check_channels
+from hf_attentiondrop.evaluation.images import encoded_images, read_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
+from hf_attentiondrop.evaluation.pretrained import load_processor as load_saved_processor
 
 
 DIGITS = "the digits of scikit-learn"
@@ -112,9 +115,9 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
     else:
         data = DatasetDict(train=digits())
     check_columns(data, {"--image_column": arguments.image_column, "--label_column": arguments.label_column})
-    feature = data["train"].features[arguments.image_column]
-    if not isinstance(feature, Image):
-        raise ValueError(f"--image_column: expected images in {arguments.image_column!r}, the column holds {feature}.")
+    data = DatasetDict(
+        {split: encoded_images(rows, "--image_column", arguments.image_column) for split, rows in data.items()}
+    )
     data = encode_classes(data, arguments.label_column)
     return hold_out(data, arguments, stratify_by_column=arguments.label_column)
 
@@ -123,9 +126,9 @@ def load_image_folders(train_dir: str, validation_dir: str | None) -> DatasetDic
     """Reads one folder of images per class."""
     check_path("--train_dir", train_dir, is_local=True)
     check_path("--validation_dir", validation_dir, is_local=True)
-    train, validation = f"{train_dir}/**", f"{validation_dir}/**" if validation_dir else None
+    files = {"--train_dir": f"{train_dir}/**", "--validation_dir": f"{validation_dir}/**" if validation_dir else None}
     # Left to itself, imagefolder drops the labels where the two folders lie at different depths.
-    return load_local("imagefolder", train, validation, drop_labels=False)
+    return load_local("imagefolder", files, drop_labels=False)
 
 
 def digits() -> Dataset:
@@ -141,7 +144,7 @@ def load_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
     if not arguments.model_name_or_path:
         return ViTImageProcessorPil(size={"height": arguments.image_size, "width": arguments.image_size})
     check_path("--model_name_or_path", arguments.model_name_or_path)
-    return AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+    return load_saved_processor("--model_name_or_path", arguments.model_name_or_path, AutoImageProcessor)
 
 
 def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
@@ -149,9 +152,8 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
     classes = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if arguments.model_name_or_path:
         # A head for other classes has another shape, and is the one thing that starts anew.
-        return AutoModelForImageClassification.from_pretrained(
-            arguments.model_name_or_path, ignore_mismatched_sizes=True, **classes, **attention
-        )
+        name = arguments.model_name_or_path
+        return load_pretrained(AutoModelForImageClassification, name, has_new_head=True, **classes, **attention)
     config = ViTConfig(
         image_size=arguments.image_size,
         patch_size=arguments.patch_size,
@@ -168,10 +170,10 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
 
 
 def collate(
-    examples: list[dict[str, Any]], processor: BaseImageProcessor, arguments: ImageDataArguments
+    examples: list[dict[str, Any]], processor: BaseImageProcessor, arguments: ImageDataArguments, channels: int = 3
 ) -> dict[str, torch.Tensor]:
     """Makes a batch: `pixel_values` `(B, C, height, width)` and `labels` `(B,)`."""
-    images = [convert_image(example[arguments.image_column]) for example in examples]
+    images = [read_image(example[arguments.image_column], channels) for example in examples]
     labels = torch.tensor([example[arguments.label_column] for example in examples])
     return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 
@@ -194,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_data(data_args)
         processor = load_processor(model_args)
         model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
+        check_channels("--model_name_or_path", processor, model.config)
+        channels = channels_of(model.config)
+        check_images(data, data_args.image_column, channels)
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)
@@ -203,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_dataset=data["train"],
             eval_dataset=data["validation"],
             processing_class=processor,
-            data_collator=partial(collate, processor=processor, arguments=data_args),
+            data_collator=partial(collate, processor=processor, arguments=data_args, channels=channels),
             compute_metrics=accuracy,
         )
 

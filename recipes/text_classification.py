@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights
+from shared.checkpoints import accept_saved_weights, load_pretrained
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
 from shared.evaluation import EvaluationArguments, measure_classifier
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
-from shared.text import FileArguments, check_text, load_data_asked_for, train_encoder_tokenizer
+from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for, train_encoder_tokenizer
 from shared.training import train
 from sklearn.metrics import f1_score
 from transformers import (
@@ -50,6 +50,7 @@ from transformers import (
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
+from hf_attentiondrop.evaluation.pretrained import load_processor
 
 
 @dataclass
@@ -109,7 +110,7 @@ def load_tokenizer(
     """The tokenizer of the model, or one for the texts to train on."""
     if arguments.model_name_or_path:
         check_path("--model_name_or_path", arguments.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        tokenizer = load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
     else:
         columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
         texts = [text for column in columns for text in data["train"][column]]
@@ -150,9 +151,8 @@ def load_model(
     }
     if arguments.model_name_or_path:
         # A head for other classes has another shape, and is the one thing that starts anew.
-        return AutoModelForSequenceClassification.from_pretrained(
-            arguments.model_name_or_path, ignore_mismatched_sizes=True, **options
-        )
+        name = arguments.model_name_or_path
+        return load_pretrained(AutoModelForSequenceClassification, name, has_new_head=True, **options)
     config = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -205,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenized = tokenize(data, tokenizer, data_args)
         class_names = data["train"].features[data_args.label_column].names
         model = load_model(model_args, attention, class_names, tokenizer)
+        check_tokens(tokenized, model)
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)
         if evaluation_args.evaluate_robustness:

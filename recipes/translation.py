@@ -31,11 +31,12 @@ import numpy as np
 import sacrebleu
 from datasets import Dataset, DatasetDict
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights
+from shared.checkpoints import accept_saved_weights, load_pretrained
 from shared.cldr import CLDR, cldr_pairs
 from shared.evaluation import measure_attention
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
+from shared.text import check_tokens
 from shared.training import train
 from shared.translations import TranslationDataArguments, load_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -52,6 +53,7 @@ from transformers import (
 )
 
 from hf_attentiondrop import set_base_attention
+from hf_attentiondrop.evaluation.pretrained import load_processor
 from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
 from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
 
@@ -108,7 +110,7 @@ def load_tokenizer(
     """The tokenizer of the model, or one for the texts to train on, of both languages."""
     if arguments.model_name_or_path:
         check_path("--model_name_or_path", arguments.model_name_or_path)
-        return AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        return load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
     tokenizer = Tokenizer(models.BPE())
     # Digit by digit, so that a number never seen is made of tokens that are known.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -135,7 +137,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model, with the attention asked for."""
     if arguments.model_name_or_path:
-        return AutoModelForSeq2SeqLM.from_pretrained(arguments.model_name_or_path, **attention)
+        return load_pretrained(AutoModelForSeq2SeqLM, arguments.model_name_or_path, **attention)
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=arguments.d_model,
@@ -210,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
             tokenized = tokenize(data, tokenizer, model_args, data_args)
         model = load_model(model_args, attention, tokenizer)
+        check_tokens(tokenized, model, ("input_ids", "labels"))
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)

@@ -192,7 +192,7 @@ def test_bad_data_ends_in_one_line(
     cases = [
         (["--train_dir", tmp_path / "nowhere"], "--train_dir: expected an existing path"),
         (["--train_dir", train, "--validation_dir", tmp_path / "nowhere"], "--validation_dir: expected an existing"),
-        (["--train_dir", empty], "no data"),
+        (["--train_dir", empty], "it has no rows"),
         (["--train_dir", train / CLASSES[0]], "expected at least two classes"),
         (["--train_dir", train, "--validation_dir", unseen], "classes that the training data has not: three"),
         (
@@ -207,7 +207,7 @@ def test_bad_data_ends_in_one_line(
         (["--dataset_name", "nobody/nothing"], "nobody/nothing"),
         (["--dataset_name", heights, "--validation_split", "test", *columns], "has no split 'test'; it has train"),
         (["--dataset_name", heights, *columns], "expected class names or numbers as labels"),
-        (["--dataset_name", gaps, *columns], "samples without a label in 'digit'"),
+        (["--dataset_name", gaps, *columns], "'digit' has samples without a label"),
     ]
     for flags, message in cases:
         assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags

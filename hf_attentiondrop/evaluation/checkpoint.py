@@ -1,7 +1,6 @@
 """A saved classifier, with the tokenizer or image processor that it was trained with."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .pretrained import SHOWN_WEIGHTS, Processor, describe_wrappers, first_of, load_processor, load_weights
+
 
 AUTO_CLASSES = {
     "ForImageClassification": (AutoModelForImageClassification, AutoImageProcessor),
     "ForSequenceClassification": (AutoModelForSequenceClassification, AutoTokenizer),
 }
-Processor = BaseImageProcessor | PreTrainedTokenizerBase
-# What torch.compile and DistributedDataParallel put before the name of a weight.
-WRAPPERS = ("_orig_mod.", "module.")
-# Of the weights in a message.
-SHOWN_WEIGHTS = 3
 
 
 def load_config(name: str, expected: str) -> PreTrainedConfig:
@@ -75,14 +71,13 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, Processor]:
             "sample there is no calibration to measure."
         )
     model_class, processor_class = classes[0]
-    processor = _load_processor(name, processor_class)
-    if isinstance(processor, PreTrainedTokenizerBase):
-        _check_vocabulary(name, processor)
-    else:
-        _check_channels(processor, config)
+    processor = load_processor("MODEL", name, processor_class)
+    if isinstance(processor, BaseImageProcessor):
+        check_channels("MODEL", processor, config)
     is_dropping = config.attention_drop is not None and config.attention_reweighting is None
     options = {"attn_implementation": "attentiondrop"} if is_dropping else {}
-    model = _load_weights(name, model_class, **options)
+    model, loaded = load_weights("MODEL", name, model_class, **options)
+    _check_weights(name, loaded)
     if isinstance(processor, PreTrainedTokenizerBase):
         processor.model_max_length = min(processor.model_max_length, longest_text(model))
     return model, processor
@@ -121,45 +116,13 @@ def _load_classifier_config(name: str) -> PreTrainedConfig:
     return load_config(name, expected)
 
 
-def _load_processor(name: str, processor_class: type) -> Processor:
-    try:
-        return processor_class.from_pretrained(name)
-    except Exception as error:  # Every tokenizer has its own way to miss its files.
-        kind = processor_class.__name__.removeprefix("Auto")
-        raise ValueError(
-            f"MODEL: expected the model's own {kind} in {name!r}, and it cannot be loaded: "
-            f"{str(error).rstrip('.')}. Save it there: {kind}.save_pretrained."
-        ) from error
-
-
-def _load_weights(name: str, model_class: Any, **options: Any) -> PreTrainedModel:
-    try:
-        model, loaded = model_class.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except ValueError:  # The config asks for what its model does not have.
-        raise
-    except Exception as error:  # Every format has its own way to fail on a file.
-        reason = str(error).split(". ")[0].rstrip(".")
-        raise ValueError(
-            f"MODEL: expected the model's weights in {name!r}, and they cannot be read: {type(error).__name__}"
-            f"{f', {reason}' if reason else ''}. Copy or save them again, whole; of a file that Git LFS keeps, a "
-            "checkout without it holds but a few lines: fetch it by `git lfs pull`."
-        ) from error
-    _check_weights(name, loaded)
-    return model
-
-
 def _check_weights(name: str, loaded: Mapping[str, Any]) -> None:
     """Refuses weights that Transformers replaced by random ones, of which it only warns."""
     if missing := sorted(loaded["missing_keys"]):
-        prefixes = [prefix for prefix in WRAPPERS if any(prefix in key for key in loaded["unexpected_keys"])]
-        remedy = "Measure a checkpoint that holds them all: a base model has no head before it is fine-tuned."
-        if prefixes:
-            remedy = (
-                f"What is there has names with {' and '.join(map(repr, prefixes))} in front, as torch.compile and "
-                "DistributedDataParallel write them: save the model inside, accelerator.unwrap_model(model)."
-            )
+        remedy = (
+            describe_wrappers(loaded["unexpected_keys"])
+            or "Measure a checkpoint that holds them all: a base model has no head before it is fine-tuned."
+        )
         raise ValueError(
             f"MODEL: expected all weights of the model in {name!r}, {len(missing)} of them are not there, "
             f"{first_of(missing, SHOWN_WEIGHTS)}: random numbers would stand for them, and be measured. {remedy}"
@@ -173,32 +136,24 @@ def _check_weights(name: str, loaded: Mapping[str, Any]) -> None:
         )
 
 
-def first_of(items: Iterable[str], shown: int) -> str:
-    """The first of some items, for a message."""
-    first = list(islice(items, shown + 1))
-    return ", ".join(first[:shown]) + (", …" if len(first) > shown else "")
+def check_channels(flag: str, processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """Refuses an image processor that makes other images than the model takes.
 
+    Args:
+        flag: what the user named the model by.
+        processor: of the model.
+        config: of the model.
 
-def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses what Transformers makes up where the files of a tokenizer are missing."""
-    known = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    if len(known) < 2:  # Some families begin with the mark of a new word.
-        raise ValueError(
-            f"MODEL: expected the model's own tokenizer in {name!r}, got a {type(tokenizer).__name__} that knows "
-            f"nothing but {len(tokenizer)} special tokens: its files are missing, and to it every text would be the "
-            "same. Save it there: tokenizer.save_pretrained."
-        )
-
-
-def _check_channels(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
-    """Refuses an image processor that makes other images than the model takes."""
+    Raises:
+        ValueError: if they differ, or the model takes images of other than 1 or 3 channels.
+    """
     kind, channels = type(processor).__name__, channels_of(config)
     mean = getattr(processor, "image_mean", None)
     makes_colours = getattr(processor, "do_convert_rgb", False) or (isinstance(mean, Sequence) and len(mean) == 3)
     if channels not in (1, 3) or (channels == 1 and makes_colours):
         raise ValueError(
-            f"MODEL: expected a model and an image processor for images of 3 channels each, or of 1 each, got a model "
-            f"for {channels} and a {kind} with image_mean={mean}, do_convert_rgb="
+            f"{flag}: expected a model and an image processor for images of 3 channels each, or of 1 each, got a "
+            f"model for {channels} and a {kind} with image_mean={mean}, do_convert_rgb="
             f"{getattr(processor, 'do_convert_rgb', None)}: it would not make the pixels that the model was trained "
             "on. Save the model with the processor that it was trained with."
         )

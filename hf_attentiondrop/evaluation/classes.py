@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .checkpoint import first_of
 from .labelled_data import check_column
+from .pretrained import first_of
 
 
 # Of the names in a message.
@@ -25,7 +25,9 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
     """
     check_column("--label_column", column, dataset)
     labels, names = dataset[column][:], getattr(dataset.features[column], "names", None)
-    _check_labels(labels, column, names)
+    # First of all, since whole numbers of which one is missing may come as broken ones.
+    check_all_labelled(dataset, column)
+    _check_labels(labels, column)
     known = _known_classes(labels, column, names, config)
     named = [str(label) if names is None else names[label] for label in labels]
     if unknown := sorted(set(named) - known.keys()):
@@ -42,14 +44,33 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
     return [known[name] for name in named]
 
 
-def _check_labels(labels: Sequence[Any], column: str, names: Sequence[str] | None) -> None:
-    # First of all, since whole numbers of which one is missing may come as broken ones.
-    for row, label in enumerate(labels):
-        if label is None or label != label or (names is not None and not 0 <= label < len(names)):
-            raise ValueError(
-                f"--label_column: {column!r} has samples without a label, as test splits often do, the first in row "
-                f"{row}, counted from 0: nothing can be measured on them. Take another split, or remove them."
-            )
+def check_all_labelled(dataset: Any, column: str, data: str = "the data") -> None:
+    """Refuses samples without a label.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): with the column.
+        column (`str`): of labels.
+        data (`str`): what a message calls the data.
+
+    Raises:
+        ValueError: naming the first sample whose label is missing or empty.
+    """
+    names = getattr(dataset.features[column], "names", None)
+
+    def is_missing(label: Any) -> bool:
+        if isinstance(label, str):
+            return not label.strip()
+        return label is None or label != label or (names is not None and not 0 <= label < len(names))
+
+    if any(map(is_missing, dataset.unique(column))):
+        row = next(row for row, label in enumerate(dataset[column]) if is_missing(label))
+        raise ValueError(
+            f"--label_column: {column!r} has samples without a label, as test splits often do, the first in row {row} "
+            f"of {data}, counted from 0: they can be neither learned nor measured. Take another split, or remove them."
+        )
+
+
+def _check_labels(labels: Sequence[Any], column: str) -> None:
     for row, label in enumerate(labels):
         if isinstance(label, bool) or not isinstance(label, int | str):
             raise ValueError(

@@ -1,5 +1,7 @@
 """Images of any kind as those that a classifier takes: 8 bits, in grey or in colours."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -35,3 +37,49 @@ def convert_image(image: Image.Image, channels: int = 3) -> Image.Image:
         levels = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((levels + STEPS_PER_LEVEL // 2) // STEPS_PER_LEVEL).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def encoded_images(dataset: Any, flag: str, column: str) -> Any:
+    """The data with each image as it is stored, so that one that cannot be read can be named.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            With a column of images; of their files' bytes; or of `{"bytes": ..., "path": ...}`, as `datasets` and
+            others write images to parquet.
+        flag (`str`): names the column.
+        column (`str`): its name.
+
+    Raises:
+        ValueError: if the column holds something else.
+    """
+    import datasets
+
+    feature = dataset.features[column]
+    if not (isinstance(feature, datasets.Image) or _is_bytes(feature) or _is_bytes(_get(feature, "bytes"))):
+        raise ValueError(
+            f"{flag}: expected images in {column!r}, the column holds {feature}. Name another one, or make it one of "
+            f"images and save that: dataset.cast_column({column!r}, datasets.Image())."
+        )
+    return dataset.cast_column(column, datasets.Image(decode=False))
+
+
+def read_image(value: Any, channels: int = 3) -> Image.Image:
+    """Reads an image as [`encoded_images`] gives it, upright, see [`convert_image`].
+
+    Raises:
+        ValueError: if there is none, and for pixels of 32 bits.
+        OSError: if it cannot be decoded.
+    """
+    import datasets
+
+    if value is None:
+        raise ValueError("expected an image, got None")
+    return convert_image(datasets.Image().decode_example(value), channels)
+
+
+def _get(feature: Any, name: str) -> Any:
+    return feature.get(name) if isinstance(feature, dict) else None
+
+
+def _is_bytes(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")

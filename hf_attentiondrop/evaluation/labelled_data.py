@@ -1,6 +1,7 @@
 """Labelled data, from files or the Hub, as batches of a classifier's inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .checkpoint import Processor, channels_of, pads_alike
+from .checkpoint import channels_of, pads_alike
+from .images import encoded_images, read_image
+from .pretrained import Processor
+from .reading import READERS, load_splits, reader_of
 
 
-READERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
-# Of a table only empty cells are missing: "nan" and "None" are words.
-WORDS_ONLY = {"keep_default_na": False, "na_values": [""]}
 # What is evaluated on where no split is named, the first of them that there is.
 SPLITS = ("test", "validation", "train")
 
@@ -33,8 +34,6 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
     Raises:
         ValueError: if there is no such data, no such split in it, no row, or a `config` of local data.
     """
-    from datasets import load_dataset
-
     if not name:
         raise ValueError("--data: expected a folder, a file, or a data set on the Hub, got nothing. Name one.")
     path = Path(name)
@@ -46,42 +45,18 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
     if path.is_dir():
         arguments, options = ("imagefolder",), {"data_dir": name, "drop_labels": False}
     elif path.is_file():
-        suffix = path.suffix[1:].lower()
-        if suffix not in READERS:
+        if (reader := reader_of(name)) is None:
             raise ValueError(f"--data: expected a file of one of {', '.join(READERS)}, got {name!r}.")
-        arguments, options = (READERS[suffix],), {"data_files": name}
-        if READERS[suffix] == "csv":
-            options |= {**WORDS_ONLY, "sep": "\t" if suffix == "tsv" else ","}
+        arguments, options = reader[:1], {"data_files": name, **reader[1]}
+    elif reader_of(name) is not None:
+        raise ValueError(f"--data: there is no file {name!r} here. Name one that there is.")
     else:
         arguments, options = (name, config), {}
-    try:
-        if arguments == ("json",):
-            _check_encoding(path)
-        splits = load_dataset(*arguments, **options)
-    except Exception as error:  # Every reader has its own way to fail on a file.
-        missing = "" if path.exists() else "there is no such file or folder here, and as a data set on the Hub "
-        raise ValueError(f"--data: {missing}{name!r} cannot be loaded: {_reason(error)}") from error
+    splits = load_splits("--data", name, *arguments, **options)
     chosen = split or next((known for known in SPLITS if known in splits), next(iter(splits)))
     if chosen not in splits:
         raise ValueError(f"--split: {name!r} has no split {chosen!r}; it has {', '.join(splits)}.")
     return splits[chosen]
-
-
-def _check_encoding(path: Path) -> None:
-    """Decodes a file, as its reader does only when a text is looked at."""
-    with path.open(encoding="utf-8") as lines:
-        for _ in lines:
-            pass
-
-
-def _reason(error: Exception) -> str:
-    """Why data could not be loaded, and what to do where that is known."""
-    cause = error.__cause__ or error
-    if isinstance(cause, UnicodeDecodeError):
-        return f"it is not in UTF-8: {cause}. Save it as UTF-8."
-    if type(cause).__name__ in ("StopIteration", "EmptyDataError") or "corresponds to no data" in str(cause):
-        return "it has no rows. Name data with a sample in every row."
-    return str(cause) or type(cause).__name__
 
 
 def check_column(flag: str, column: str, dataset: Any) -> None:
@@ -128,8 +103,9 @@ def labelled_batches(
         encode, read = _encode_texts(processor, config), _read_text
         batch_size = batch_size if pads_alike(config, processor) else 1
     else:
-        encode, read = _encode_images(processor), _image_reader(channels_of(config))
-        dataset = _undecoded(dataset, columns)
+        encode, read = _encode_images(processor), partial(read_image, channels=channels_of(config))
+        for flag, column in columns.items():
+            dataset = encoded_images(dataset, flag, column)
 
     def collate(samples: list[tuple[list[Any], int]]) -> dict[str, Any]:
         inputs = encode(*map(list, zip(*(values for values, _ in samples), strict=True)))
@@ -158,51 +134,39 @@ class _Samples(Dataset):
     def __getitem__(self, index: int) -> tuple[list[Any], int]:
         number = self.order[index]
         row = self.rows[number]
-        return [self._value(number, flag, row[column]) for flag, column in self.columns.items()], self.labels[number]
-
-    def _value(self, number: int, flag: str, value: Any) -> Any:
-        try:
-            return self.read(value)
-        except Exception as error:  # Every kind of image file has its own way to be broken.
-            path = value.get("path") if isinstance(value, Mapping) else None
-            row = f"row {number} of {self.columns[flag]!r}, counted from 0" + (f", {path}" if path else "")
-            raise ValueError(
-                f"{flag}: {row}: {str(error).rstrip('.')}. What cannot be read cannot be measured: mend it, or remove "
-                "it."
-            ) from error
+        values = [read_value(self.read, row[column], flag, column, number) for flag, column in self.columns.items()]
+        return values, self.labels[number]
 
 
-def _undecoded(dataset: Any, columns: Mapping[str, str]) -> Any:
-    """The data with images that are still to be read, so that the file of one that cannot be read is known."""
-    from datasets import Image
+def read_value(read: Callable[[Any], Any], value: Any, flag: str, column: str, number: int, rows: str = "row") -> Any:
+    """What a sample holds in a column.
 
-    for flag, column in columns.items():
-        if not isinstance(dataset.features[column], Image):
-            raise ValueError(
-                f"{flag}: expected images in {column!r}, the column holds {dataset.features[column]}. Name another "
-                f"one, or make it one of images and save that: dataset.cast_column({column!r}, datasets.Image())."
-            )
-        dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset
+    Args:
+        read: makes the value of what is stored.
+        value: what is stored.
+        flag: names the column.
+        column: its name.
+        number: of the sample, counted from 0.
+        rows: what a message calls it.
+
+    Raises:
+        ValueError: naming the sample, and its file where there is one, if it cannot be read.
+    """
+    try:
+        return read(value)
+    except Exception as error:  # Every kind of image file has its own way to be broken.
+        path = value.get("path") if isinstance(value, Mapping) else None
+        place = f"{rows} {number} of {column!r}, counted from 0" + (f", {path}" if path else "")
+        raise ValueError(
+            f"{flag}: {place}: {str(error).rstrip('.')}. What cannot be read can be neither learned nor measured: "
+            "mend it, or remove it."
+        ) from error
 
 
 def _read_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a text, got {value!r}")
     return value
-
-
-def _image_reader(channels: int) -> Callable[[Any], Any]:
-    from datasets import Image
-
-    from .images import convert_image
-
-    def read(value: Any) -> Any:
-        if value is None:
-            raise ValueError("expected an image, got None")
-        return convert_image(Image().decode_example(value), channels)
-
-    return read
 
 
 def _encode_images(processor: Any) -> Callable[[list[Any]], Mapping[str, Tensor]]:

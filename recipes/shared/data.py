@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+
+from hf_attentiondrop.evaluation.classes import check_all_labelled
+from hf_attentiondrop.evaluation.reading import load_splits
 
 from .arguments import check_path
 
@@ -45,7 +47,8 @@ def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
         ValueError: if there is no such data set, or no such split in it.
     """
     check_path("--dataset_name", arguments.dataset_name)
-    splits = _load(arguments.dataset_name, name=arguments.dataset_config_name)
+    name = arguments.dataset_name
+    splits = load_splits("--dataset_name", name, name, arguments.dataset_config_name)
     names = {"train": arguments.train_split}
     if arguments.validation_split or "validation" in splits:
         names["validation"] = arguments.validation_split or "validation"
@@ -57,28 +60,27 @@ def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
     return DatasetDict({key: splits[name] for key, name in names.items()})
 
 
-def load_local(builder: str, train: str, validation: str | None, **options: Any) -> DatasetDict:
+def load_local(builder: str, files: dict[str, str | None], **options: Any) -> DatasetDict:
     """Loads local files.
 
     Args:
         builder (`str`): how to read them, such as `"imagefolder"`.
-        train (`str`): path or pattern of the files to train on.
-        validation (`str`, *optional*): path or pattern of the files to evaluate on.
+        files (`dict[str, str | None]`):
+            Flag to path or pattern, first of the files to train on, then of those to evaluate on.
         options: further arguments of [`~datasets.load_dataset`].
 
     Raises:
         ValueError: if a split has nothing that can be read so.
     """
-    files = {"train": train, "validation": validation} if validation else {"train": train}
-    return _load(builder, data_files=files, **options)
-
-
-def _load(path: str, **options: Any) -> DatasetDict:
+    given = {flag: path for flag, path in files.items() if path is not None}
+    splits = dict(zip(("train", "validation"), given.values(), strict=False))
     try:
-        return load_dataset(path, **options)
-    except (ValueError, OSError, DatasetsError) as error:
-        asked = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
-        raise ValueError(f"load_dataset({path!r}{', ' + asked if asked else ''}) failed: {error}") from error
+        return load_splits(" and ".join(given), ", ".join(splits.values()), builder, data_files=splits, **options)
+    except ValueError:
+        # Which of them it is shows only where each is loaded by itself.
+        for flag, path in given.items():
+            load_splits(flag, path, builder, data_files=path, **options)
+        raise
 
 
 def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
@@ -106,21 +108,20 @@ def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
     Raises:
         ValueError: if the labels are no classes, some are missing, or a split has a class that training has not.
     """
+    # First of all, since whole numbers of which one is missing may come as broken ones.
+    for split, dataset in data.items():
+        check_all_labelled(dataset, column, f"the {split} data")
     feature = data["train"].features[column]
     if not isinstance(feature, ClassLabel):
         if not isinstance(feature, Value) or "float" in feature.dtype:
             raise ValueError(f"expected class names or numbers as labels, the column {column!r} holds {feature}.")
         # By name, because a number in the data need not be the number of its class.
         data = data.cast_column(column, Value("string"))
-        names = sorted({name for dataset in data.values() for name in dataset.unique(column) if name is not None})
+        names = sorted({name for dataset in data.values() for name in dataset.unique(column)})
         data = data.cast_column(column, ClassLabel(names=names))
     labels = {split: set(dataset.unique(column)) for split, dataset in data.items()}
     names = data["train"].features[column].names
     for split, found in labels.items():
-        if found & {None, -1}:
-            raise ValueError(
-                f"the {split} data has samples without a label in {column!r}; remove them, or take another split."
-            )
         unseen = sorted(names[label] for label in found - labels["train"])
         if unseen:
             raise ValueError(f"the {split} data has classes that the training data has not: {', '.join(unseen)}.")

@@ -1,29 +1,22 @@
 """What the recipes on text have in common: local files as data, checks of a column of text, and a tokenizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_attentiondrop.evaluation.labelled_data import WORDS_ONLY
+from hf_attentiondrop.evaluation.reading import READERS, reader_of
 
 from .arguments import check_path
 from .data import DatasetArguments, load_from_hub, load_local
 
 
-# How datasets reads a file, by its ending.
-FILE_BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-FILE_OPTIONS = {".csv": WORDS_ONLY, ".tsv": {"sep": "\t", **WORDS_ONLY}, ".txt": {"sample_by": "paragraph"}}
+FILE_ENDINGS = (*(f".{suffix}" for suffix in READERS), ".txt")
+TEXT_BUILDER = ("text", {"sample_by": "paragraph"})
 
 UNKNOWN, PADDING, START, SEPARATOR = "[UNK]", "[PAD]", "[CLS]", "[SEP]"
 
@@ -68,14 +61,16 @@ def load_data_asked_for(arguments: FileArguments, built_in: Callable[[], Dataset
 
 def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
     """Reads a file per split, all of one kind. In a txt file, empty lines stand between the texts."""
-    for flag, path in (("--train_file", train_file), ("--validation_file", validation_file)):
+    files = {"--train_file": train_file, "--validation_file": validation_file}
+    for flag, path in files.items():
         check_path(flag, path, is_local=True)
-        if path is not None and Path(path).suffix not in FILE_BUILDERS:
-            raise ValueError(f"{flag}: expected a file that ends in {', '.join(FILE_BUILDERS)}, got {path}.")
+        if path is not None and Path(path).suffix.lower() not in FILE_ENDINGS:
+            raise ValueError(f"{flag}: expected a file that ends in {', '.join(FILE_ENDINGS)}, got {path}.")
     suffix = Path(train_file).suffix
     if validation_file and Path(validation_file).suffix != suffix:
         raise ValueError(f"--validation_file: expected a {suffix} file, as --train_file is, got {validation_file}.")
-    return load_local(FILE_BUILDERS[suffix], train_file, validation_file, **FILE_OPTIONS.get(suffix, {}))
+    builder, options = reader_of(train_file) or TEXT_BUILDER
+    return load_local(builder, files, **options)
 
 
 def check_text(data: DatasetDict, flag: str, column: str) -> None:
@@ -96,6 +91,24 @@ def check_text(data: DatasetDict, flag: str, column: str) -> None:
         missing = sum(text is None for text in dataset[column])
         if missing:
             raise ValueError(f"{flag}: {missing} rows of the {split} data have no text in {column!r}; remove them.")
+
+
+def check_tokens(data: DatasetDict, model: PreTrainedModel, columns: Sequence[str] = ("input_ids",)) -> None:
+    """Refuses tokens for which the model has no embeddings, as those of another model's tokenizer.
+
+    Raises:
+        ValueError: naming the highest token.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    for dataset in data.values():
+        for column in columns:
+            highest = pc.max(pc.list_flatten(dataset.data.column(column))).as_py() or 0
+            if highest >= size:
+                raise ValueError(
+                    f"--model_name_or_path: expected a tokenizer whose tokens are numbered below {size}, for which "
+                    f"the model has embeddings, got token {highest}: they do not belong together. Name a model with "
+                    "the tokenizer that it was trained with."
+                )
 
 
 def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

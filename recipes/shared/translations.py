@@ -81,7 +81,7 @@ def _pair_lines(
         if file is None:
             raise ValueError(f"{' and '.join(files)} hold the two languages line by line: {flag} is missing.")
         check_path(flag, file, is_local=True)
-    source, target = (load_local("text", file, None)["train"] for file in files.values())
+    source, target = (load_local("text", {flag: file})["train"] for flag, file in files.items())
     if len(source) != len(target):
         raise ValueError(
             f"--{split}_target_file: line n must be the translation of line n, but {source_file} has {len(source)} "

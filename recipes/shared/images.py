@@ -1,0 +1,52 @@
+"""The check that all images of a recipe can be read."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict
+from datasets.utils import tqdm
+
+from hf_attentiondrop.evaluation.images import read_image
+from hf_attentiondrop.evaluation.labelled_data import read_value
+
+
+CHUNK = 64
+
+
+def check_images(data: DatasetDict, column: str, channels: int) -> None:
+    """Reads every image once, so that a broken one is found now and not hours into the training.
+
+    Each process reads its share, and all of them learn of what one has found.
+
+    Args:
+        data ([`~datasets.DatasetDict`]): the splits, with images as they are stored.
+        column (`str`): of images.
+        channels (`int`): those of the model.
+
+    Raises:
+        ValueError: naming the first image that cannot be read.
+    """
+    errors = gather_object([error for split in data if (error := _find_broken(data[split], split, column, channels))])
+    if errors:
+        raise ValueError(errors[0])
+
+
+def _find_broken(dataset: Dataset, split: str, column: str, channels: int) -> str | None:
+    state = PartialState()
+    dataset = dataset.select_columns(column)
+    numbers = range(state.process_index, len(dataset), state.num_processes)
+    read = partial(read_image, channels=channels)
+
+    def check(number: int) -> None:
+        read_value(read, dataset[number][column], "--image_column", column, number, f"the {split} data, row")
+
+    # Decoding leaves the interpreter to other threads.
+    with ThreadPoolExecutor() as threads, tqdm(total=len(numbers), desc=f"Checking {split} images") as progress:
+        for start in range(0, len(numbers), CHUNK):
+            try:
+                progress.update(len(list(threads.map(check, numbers[start : start + CHUNK]))))
+            except ValueError as error:
+                return str(error)
+    return None
