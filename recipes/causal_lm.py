@@ -33,10 +33,11 @@ import torch
 from datasets import DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights, load_pretrained
+from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
 from shared.evaluation import measure_attention
+from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for
@@ -57,6 +58,7 @@ from transformers import (
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
+from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
 from hf_attentiondrop.evaluation.pretrained import load_processor
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
@@ -92,7 +94,10 @@ class LoraArguments:
 @dataclass
 class TextDataArguments(FileArguments):
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
-    block_size: int = field(default=512, metadata={"help": "Tokens of a sample; texts are packed into such blocks."})
+    block_size: int = field(
+        default=512,
+        metadata={"help": "Tokens of a sample, into which texts are packed; by default no more than the model takes."},
+    )
 
 
 @dataclass
@@ -161,11 +166,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model, with the attention asked for."""
     if arguments.model_name_or_path:
-        model = load_pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **attention)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and block_size > longest:
-            raise ValueError(f"--block_size: the model takes {longest} tokens, got {block_size}.")
-        return model
+        return load_pretrained(AutoModelForCausalLM, arguments, **attention)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=block_size,
@@ -179,7 +180,7 @@ def load_model(
         eos_token_id=tokenizer.eos_token_id,
         **attention,
     )
-    return AutoModelForCausalLM.from_config(config)
+    return from_scratch(AutoModelForCausalLM, arguments, config)
 
 
 def check_base(arguments: LanguageModelArguments, attention: dict[str, Any]) -> None:
@@ -256,8 +257,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             data = load_data(data_args)
             tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
-            packed = pack(data, tokenizer, data_args)
         model = load_model(model_args, attention, tokenizer, data_args.block_size)
+        parser.cap(data_args, "block_size", longest_text(model))
+        with training_args.main_process_first():
+            packed = pack(data, tokenizer, data_args)
         check_tokens(packed, model)
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)

@@ -28,10 +28,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights, load_pretrained
+from shared.checkpoints import accept_saved_weights
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
 from shared.evaluation import EvaluationArguments, measure_classifier
 from shared.images import check_images
+from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.training import train
@@ -152,8 +153,8 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
     classes = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if arguments.model_name_or_path:
         # A head for other classes has another shape, and is the one thing that starts anew.
-        name = arguments.model_name_or_path
-        return load_pretrained(AutoModelForImageClassification, name, has_new_head=True, **classes, **attention)
+        options = {**classes, **attention}
+        return load_pretrained(AutoModelForImageClassification, arguments, has_new_head=True, **options)
     config = ViTConfig(
         image_size=arguments.image_size,
         patch_size=arguments.patch_size,
@@ -166,7 +167,7 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
         **classes,
         **attention,
     )
-    return AutoModelForImageClassification.from_config(config)
+    return from_scratch(AutoModelForImageClassification, arguments, config)
 
 
 def collate(

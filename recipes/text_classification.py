@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights, load_pretrained
+from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
 from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for, train_encoder_tokenizer
@@ -49,6 +50,7 @@ from transformers import (
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
+from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 from hf_attentiondrop.evaluation.pretrained import load_processor
 
@@ -68,7 +70,10 @@ class TextDataArguments(FileArguments):
         default=None, metadata={"help": "Column that holds the second texts, where pairs are to be classified."}
     )
     label_column: str = field(default="label", metadata={"help": "Column that holds the classes."})
-    max_length: int = field(default=128, metadata={"help": "Tokens after which a text is cut off."})
+    max_length: int = field(
+        default=128,
+        metadata={"help": "Tokens after which a text is cut off; by default no more than the model takes."},
+    )
 
 
 @dataclass
@@ -115,10 +120,6 @@ def load_tokenizer(
         columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
         texts = [text for column in columns for text in data["train"][column]]
         tokenizer = train_encoder_tokenizer(texts, arguments.vocab_size, data_arguments.max_length)
-    if data_arguments.max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"--max_length: the model takes {tokenizer.model_max_length} tokens, got {data_arguments.max_length}."
-        )
     if tokenizer.pad_token is None:  # as of models that were made to write
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -151,8 +152,7 @@ def load_model(
     }
     if arguments.model_name_or_path:
         # A head for other classes has another shape, and is the one thing that starts anew.
-        name = arguments.model_name_or_path
-        return load_pretrained(AutoModelForSequenceClassification, name, has_new_head=True, **options)
+        return load_pretrained(AutoModelForSequenceClassification, arguments, has_new_head=True, **options)
     config = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -164,7 +164,7 @@ def load_model(
         initializer_range=arguments.hidden_size**-0.5,
         **options,
     )
-    return AutoModelForSequenceClassification.from_config(config)
+    return from_scratch(AutoModelForSequenceClassification, arguments, config)
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -202,9 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             data = load_data(data_args)
             tokenizer = load_tokenizer(model_args, data_args, data)
-            tokenized = tokenize(data, tokenizer, data_args)
         class_names = data["train"].features[data_args.label_column].names
         model = load_model(model_args, attention, class_names, tokenizer)
+        parser.cap(data_args, "max_length", min(tokenizer.model_max_length, longest_text(model)))
+        with training_args.main_process_first():
+            tokenized = tokenize(data, tokenizer, data_args)
         check_tokens(tokenized, model)
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)

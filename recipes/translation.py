@@ -31,9 +31,10 @@ import numpy as np
 import sacrebleu
 from datasets import Dataset, DatasetDict
 from shared.arguments import ModelArguments, RunArguments, check_path
-from shared.checkpoints import accept_saved_weights, load_pretrained
+from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
 from shared.evaluation import measure_attention
+from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.text import check_tokens
@@ -53,6 +54,7 @@ from transformers import (
 )
 
 from hf_attentiondrop import set_base_attention
+from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.pretrained import load_processor
 from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
 from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
@@ -69,12 +71,16 @@ class TranslationModelArguments(ModelArguments):
     source_prefix: str = field(
         default="", metadata={"help": "Put before each source, such as '>>fra<< ' for a Marian of several languages."}
     )
-    max_length: int = field(default=128, metadata={"help": "Cut texts, and translations, after so many tokens."})
+    max_length: int = field(
+        default=128,
+        metadata={
+            "help": "Tokens after which texts and translations are cut off; by default no more than the model takes."
+        },
+    )
     vocab_size: int = field(default=2000, metadata={"help": "From scratch: tokens of the two languages together."})
     d_model: int = field(default=64, metadata={"help": "From scratch: width of the model."})
     num_layers: int = field(default=2, metadata={"help": "From scratch: layers of the encoder and of the decoder."})
     num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
-    dropout: float = field(default=0.0, metadata={"help": "From scratch: dropout of the hidden states."})
 
 
 @dataclass
@@ -94,6 +100,7 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
         return {}
     is_cldr = not values["dataset_name"] and not values["train_file"]
     return {
+        "dropout": 0.0,
         "learning_rate": 4e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
@@ -137,7 +144,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model, with the attention asked for."""
     if arguments.model_name_or_path:
-        return load_pretrained(AutoModelForSeq2SeqLM, arguments.model_name_or_path, **attention)
+        return load_pretrained(AutoModelForSeq2SeqLM, arguments, **attention)
     config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=arguments.d_model,
@@ -149,7 +156,6 @@ def load_model(
         decoder_ffn_dim=4 * arguments.d_model,
         # These are no parameters, so that plenty cost nothing.
         max_position_embeddings=max(512, arguments.max_length),
-        dropout=arguments.dropout,
         scale_embedding=True,
         # Marian's own 0.02 suits a width of 512 and more; a narrow model that starts so small learns slowly.
         init_std=arguments.d_model**-0.5,
@@ -160,7 +166,7 @@ def load_model(
         decoder_start_token_id=tokenizer.pad_token_id,
         **attention,
     )
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return from_scratch(AutoModelForSeq2SeqLM, arguments, config)
 
 
 def tokenize(
@@ -201,7 +207,6 @@ def scores_of_prediction(prediction: EvalPrediction, tokenizer: PreTrainedTokeni
 def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, (TranslationModelArguments, TranslationDataArguments, TranslationTrainingArguments))
     model_args, data_args, training_args, attention = parser.parse(argv, defaults)
-    training_args.generation_max_length = training_args.generation_max_length or model_args.max_length
 
     # Nothing is written before everything was found to be in order.
     with parser.refusing_bad_input():
@@ -210,8 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             data = load_pairs(data_args, cldr_pairs)
             tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
-            tokenized = tokenize(data, tokenizer, model_args, data_args)
         model = load_model(model_args, attention, tokenizer)
+        parser.cap(model_args, "max_length", longest_text(model))
+        training_args.generation_max_length = training_args.generation_max_length or model_args.max_length
+        with training_args.main_process_first():
+            tokenized = tokenize(data, tokenizer, model_args, data_args)
         check_tokens(tokenized, model, ("input_ids", "labels"))
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)

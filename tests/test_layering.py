@@ -13,6 +13,7 @@ ALLOWED = {
     "functional": set(),
     "version": set(),
     "losses": set(),
+    "dropout": set(),
     "configuration": {"functional"},
     "reweighting_configuration": {"configuration", "functional"},
     "parts": set(),
@@ -49,6 +50,7 @@ ALLOWED = {
     "evaluation": {"configuration", "parts", "registration", "settings", "sites"},
     "hub": {
         "configuration",
+        "dropout",
         "losses",
         "settings",
         "report",

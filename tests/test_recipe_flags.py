@@ -6,7 +6,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, CTRLConfig, MambaConfig
 
 from hf_attentiondrop import AttentionDropConfig
 
@@ -85,6 +87,94 @@ def test_settings_of_a_file_are_those_of_its_method(
     assert len(notes) == (left_out is not None)
     if left_out is not None:
         assert f"do not apply: {left_out}. " in notes[0] and str(tmp_path / "config.yaml") in notes[0]
+
+
+DROPOUT = {
+    "text_classification": {
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.25,
+        "hidden_dropout_prob": 0.25,
+    },
+    "image_classification": {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.25},
+    "translation": {"activation_dropout": 0.25, "attention_dropout": 0.0, "dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    recipe = load(name, monkeypatch)
+    first, second = tmp_path / "first", tmp_path / "second"
+    quick = ["--max_steps", "1", "--max_eval_samples", "4", "--consistency_weight", "0", "--eval_strategy", "no"]
+    quick += ["--num_layers" if name == "translation" else "--num_hidden_layers", "1", "--attn_implementation", "sdpa"]
+    recipe.main([*quick, "--dropout", "0.25", "--attention_dropout", "0", "--output_dir", str(first)])
+    metrics, config = read(first, "metrics.json"), read(first, "config.json")
+    assert {field: metrics["dropout"][field] for field in DROPOUT[name]} == DROPOUT[name]
+    # The default of a field is not in config.json.
+    assert all(config.get(field, 0.0) == value for field, value in DROPOUT[name].items())
+    assert yaml.safe_load((first / "run.yaml").read_text())["dropout"] == 0.25
+    assert "dropout 0.25" in (first / "README.md").read_text().replace("_prob", "")
+
+    # A checkpoint takes it as well.
+    recipe.main([*quick, "--model_name_or_path", str(first), "--dropout", "0.125", "--output_dir", str(second)])
+    dropout = read(second, "metrics.json")["dropout"]
+    assert {dropout[field] for field in DROPOUT[name]} == {0.125}
+
+
+def test_dropout_acts_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load("causal_lm", monkeypatch)
+    arguments = recipe.LanguageModelArguments(num_hidden_layers=1, dropout=0.5)
+    tokenizer = recipe.load_tokenizer(arguments, ["a text"])
+    model = recipe.load_model(arguments, {"attn_implementation": "sdpa"}, tokenizer, 16).train()
+    ids = torch.arange(12).view(1, 12)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_dropout_that_cannot_be_set_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load("causal_lm", monkeypatch)
+    cases = [(["--dropout", "1"], "--dropout: expected a probability in [0, 1), got 1.0")]
+    tokenizer = recipe.load_tokenizer(recipe.LanguageModelArguments(), ["a text"])
+    for config, flag in (
+        (CTRLConfig(vocab_size=300, n_embd=8, n_layer=1, n_head=2, dff=8, n_positions=64), "attention_dropout"),
+        (MambaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1), "dropout"),
+    ):
+        folder = tmp_path / type(config).__name__
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        flags = ["--model_name_or_path", folder, f"--{flag}", "0.1"]
+        cases.append((flags, f"--{flag}: {type(config).__name__} has no {flag.replace('_', ' ')} to set"))
+    for flags, message in cases:
+        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "default", "longest"),
+    [("causal_lm", "block_size", 512, 64), ("text_classification", "max_length", 128, 32)],
+)
+def test_default_length_is_at_most_what_the_model_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    flag: str,
+    default: int,
+    longest: int,
+) -> None:
+    recipe = load(name, monkeypatch)
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe.main([*QUICK, f"--{flag}", str(longest), "--output_dir", str(first)])
+    flags = [*QUICK, "--model_name_or_path", str(first)]
+    capfd.readouterr()
+    recipe.main([*flags, "--output_dir", str(second)])
+    assert f"note: --{flag} is {longest}, the most tokens that the model takes, and not {default}" in (
+        capfd.readouterr().err
+    )
+    assert yaml.safe_load((second / "run.yaml").read_text())[flag] == longest
+    line = refusal(recipe, capfd, *flags, f"--{flag}", longest + 1, "--output_dir", tmp_path / "out")
+    assert f"--{flag}: the model takes {longest} tokens, got {longest + 1}." in line
 
 
 def test_settings_without_effect_are_refused(

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.modelcard import TASK_MAPPING
 
+from ..dropout import dropout_of
 from ..losses import NO_DIVERGENCE
 from ..report import report
 from ..settings import transformers_model
@@ -246,6 +247,10 @@ def _path_from(folder: Path, plot: str | Path) -> str:
     return path.resolve().relative_to(folder.resolve()).as_posix()
 
 
+def _describe_dropout(config: PreTrainedConfig) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in dropout_of(config).items() if value) or "none"
+
+
 def _describe_training(trainer: Trainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     each, times, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -257,6 +262,7 @@ def _describe_training(trainer: Trainer) -> dict[str, str]:
         "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{warmup}",
         "Optimizer": str(getattr(args.optim, "value", args.optim)),
         "Weight decay": f"{args.weight_decay:g}",
+        "Dropout of the model": _describe_dropout(transformers_model(trainer.model).config),
         "Label smoothing": f"{args.label_smoothing_factor:g}",
         "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "that of the weights",
         "Seed": str(args.seed),

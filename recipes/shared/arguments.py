@@ -53,6 +53,21 @@ class ModelArguments:
             "for training from scratch. The class of its configuration documents the keys."
         },
     )
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability of every dropout in the model: of hidden states, attention weights and the head. "
+            "Without it, those of its config."
+        },
+    )
+    attention_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Probability of the dropout of attention weights alone; goes before --dropout."},
+    )
+
+    @property
+    def sets_dropout(self) -> bool:
+        return self.dropout is not None or self.attention_dropout is not None
 
 
 @dataclass

@@ -10,43 +10,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_attentiondrop.evaluation.pretrained import SHOWN_WEIGHTS, describe_wrappers, first_of, load_weights
-
-
-MODEL_FLAG = "--model_name_or_path"
-# A pooler belongs to the head, and what attention learns starts with the fine-tuning.
-STARTED_ANEW = ("pooler", "reweighting")
-
-
-def load_pretrained(model_class: Any, name: str, *, has_new_head: bool = False, **options: Any) -> PreTrainedModel:
-    """Loads the model to start from.
-
-    Args:
-        model_class: such as [`~transformers.AutoModelForCausalLM`].
-        name (`str`): a folder, or a model on the Hub.
-        has_new_head (`bool`, defaults to `False`): whether the head may start anew, as for other classes.
-        options: of `from_pretrained`.
-
-    Raises:
-        ValueError: if weights cannot be read, or random numbers would stand for some of those to start from.
-    """
-    model, loaded = load_weights(MODEL_FLAG, name, model_class, **options)
-    changed = [f"{key} {tuple(got)} for {tuple(made)}" for key, got, made in loaded["mismatched_keys"]]
-    lost = sorted({*loaded["missing_keys"], *changed})
-    if has_new_head:
-        lost = [key for key in lost if key.startswith(f"{model.base_model_prefix}.")]
-    lost = [key for key in lost if not any(part in key for part in STARTED_ANEW)]
-    if lost:
-        remedy = (
-            describe_wrappers(loaded["unexpected_keys"])
-            or "Name a checkpoint that holds them, with the config.json that they were saved with."
-        )
-        raise ValueError(
-            f"{MODEL_FLAG}: expected the weights to start from in {name!r}, {len(lost)} of them are missing or of "
-            f"another shape, {first_of(lost, SHOWN_WEIGHTS)}: random numbers would stand for them. {remedy}"
-        )
-    return model
-
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
     """Finds the checkpoint that `--resume_from_checkpoint` asks for.

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArg
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
 import hf_attentiondrop
+from hf_attentiondrop.dropout import dropout_of
 from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
 from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE
@@ -100,6 +101,7 @@ def finish(
             results["robust accuracy"] = f"{row['accuracy']:.4f} {under}"
     elif attention:
         metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
+    metrics["dropout"] = dropout_of(trainer.model.config)
     card = describe_data(parser.values, data)
     if trainer.is_world_process_zero():
         plots = save_plots(folder, evaluation, attention, trainer.state.log_history)

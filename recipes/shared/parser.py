@@ -115,6 +115,26 @@ class RecipeParser(HfArgumentParser):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: note: {' '.join(message.split())}", file=sys.stderr)
 
+    def cap(self, arguments: Any, name: str, longest: float) -> None:
+        """Lowers the default of an argument to what the model takes, and says so.
+
+        Args:
+            arguments: the dataclass that holds it.
+            name (`str`): of the argument, which counts tokens.
+            longest (`float`): the most tokens that the model takes.
+
+        Raises:
+            ValueError: if a higher value was asked for.
+        """
+        value = getattr(arguments, name)
+        if value <= longest:
+            return
+        if name in self.given:
+            raise ValueError(f"--{name}: the model takes {longest} tokens, got {value}.")
+        setattr(arguments, name, longest)
+        self.values[name] = longest
+        self.note(f"--{name} is {longest}, the most tokens that the model takes, and not {value} as by default.")
+
     @contextmanager
     def refusing_bad_input(self) -> Iterator[None]:
         """Turns what a library raises for bad input into [`RecipeParser.error`]."""
