@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
@@ -12,14 +12,16 @@ from .functional import FILLS
 
 
 CONFIG_KEY = "attention_drop"
-VARIANTS = ("hard", "blur")
+# The fields that each variant uses; the others have no effect under it.
+FIELDS_OF_VARIANTS = {"hard": ("p", "k", "fill"), "blur": ("sigma_max", "width")}
+VARIANTS = tuple(FIELDS_OF_VARIANTS)
 ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
 # How much a key must resemble a field to be taken for a slip of the pen; a wrong guess is worse than none.
 SIMILARITY = 0.7
 
 
 class Configuration:
-    """What all configurations share: checked values, tuples instead of lists, and the way to plain dicts and back."""
+    """What all configurations share: checked values of plain Python types, and the way to plain dicts and back."""
 
     key: ClassVar[str]
     """The entry of config.json that holds it."""
@@ -37,18 +39,25 @@ class Configuration:
             "It numbers the layers to act on within each stack, negative from the end; None is all of them.",
         )
 
-    def _tuples(self, *names: str) -> None:
-        # Lists are what JSON, YAML and command lines give; tuples keep the configuration immutable and comparable.
-        for name in names:
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+    def _make_plain(self, *sequences: str) -> None:
+        """Turns numbers and arrays of NumPy and torch into Python's, and the named fields into tuples.
+
+        Plain values can be written to config.json, and tuples keep the configuration immutable and comparable.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if hasattr(value, "tolist"):
+                value = value.tolist()
+            if field.name in sequences and isinstance(value, (list, tuple, range)):
+                value = tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
+            object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types, as config.json holds it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: "Mapping[str, Any] | Configuration") -> "Configuration":
+    def from_dict(cls, values: "Mapping[str, Any] | Self") -> Self:
         """Builds the configuration from a mapping, refusing unknown keys.
 
         Raises:
@@ -101,7 +110,7 @@ class AttentionDropConfig(Configuration):
             Kinds of attention to act on, of `"encoder_self"`, `"decoder_self"` and `"cross"`.
 
     Raises:
-        ValueError: if a value is of the wrong type or outside of its range.
+        ValueError: if a value is of the wrong type or outside of its range, or set though the variant does not use it.
 
     Example:
 
@@ -122,7 +131,7 @@ class AttentionDropConfig(Configuration):
     attentions: tuple[str, ...] = ("encoder_self", "decoder_self")
 
     def __post_init__(self) -> None:
-        self._tuples("layers", "attentions")
+        self._make_plain("layers", "attentions")
         self._require("variant", VARIANTS.__contains__, f"one of {VARIANTS}", "It names the perturbation.")
         self._require(
             "p",
@@ -157,16 +166,41 @@ class AttentionDropConfig(Configuration):
             f"a non-empty list from {ATTENTION_KINDS}",
             "It selects the kinds of attention to act on.",
         )
+        self._refuse_unused_fields()
+
+    def _refuse_unused_fields(self) -> None:
+        # The defaults pass: config.json holds all fields.
+        own = FIELDS_OF_VARIANTS[self.variant]
+        defaults = {field.name: field.default for field in fields(self)}
+        for variant, names in FIELDS_OF_VARIANTS.items():
+            for name in names:
+                if name not in own and getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{type(self).__name__}: `{name}`={getattr(self, name)!r} would have no effect, because "
+                        f"variant={self.variant!r} does not use it: {variant} does. Leave `{name}` out, or use "
+                        f"variant={variant!r}. The fields of {self.variant} are {', '.join(own)}, layers and "
+                        "attentions."
+                    )
+
+    @property
+    def scheduled_field(self) -> str:
+        """The field that a schedule may change during training."""
+        return "p" if self.variant == "hard" else "sigma_max"
 
     @property
     def strength(self) -> float:
-        """What the perturbation may be scheduled by: `p` of hard, `sigma_max` of blur."""
-        return self.p if self.variant == "hard" else self.sigma_max
+        """The value of the field that a schedule may change: `p` of hard, `sigma_max` of blur."""
+        return getattr(self, self.scheduled_field)
 
     @property
     def is_active(self) -> bool:
         """Whether these values perturb anything at all."""
-        return self.strength > 0 and (self.variant == "hard" or self.width > 1)
+        return self.strength > 0 and self.can_act
+
+    @property
+    def can_act(self) -> bool:
+        """Whether they would, at another value of the field that a schedule may change."""
+        return self.variant == "hard" or self.width > 1
 
     @property
     def summary(self) -> str:
@@ -175,7 +209,7 @@ class AttentionDropConfig(Configuration):
         >>> AttentionDropConfig(variant="blur").summary
         'blur sigma_max=1.0 width=5'
         """
-        names = ("p", "k", "fill") if self.variant == "hard" else ("sigma_max", "width")
+        names = FIELDS_OF_VARIANTS[self.variant]
         return " ".join([self.variant, *(f"{name}={getattr(self, name)}" for name in names)])
 
 

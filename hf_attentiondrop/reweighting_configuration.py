@@ -82,7 +82,7 @@ class AffineScaledConfig(ReweightingConfig):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        self._tuples("layers")
+        self._make_plain("layers")
         self._require(
             "activation", ACTIVATIONS.__contains__, f"one of {ACTIVATIONS}", "It makes a scale of a hidden state."
         )
@@ -128,7 +128,7 @@ class AttentionSinkConfig(ReweightingConfig):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        self._tuples("layers")
+        self._make_plain("layers")
         self._require(
             "init",
             lambda init: is_number(init) and math.isfinite(init),
@@ -164,7 +164,7 @@ class GatedAttentionConfig(ReweightingConfig):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        self._tuples("layers")
+        self._make_plain("layers")
         self._require_init()
         self._require_layers()
 

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, BertConfig, CLIPConfig, LlavaConfig, PreTrainedConfig
 
-from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, GatedAttentionConfig
 from hf_attentiondrop.configuration import register_config_entry
 
 
@@ -45,6 +48,75 @@ from hf_attentiondrop.configuration import register_config_entry
 )
 def test_a_bad_value_is_refused_with_what_was_expected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        AttentionDropConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"variant": "blur", "p": 0.9},
+            "`p`=0.9 would have no effect, because variant='blur' does not use it: hard does. Leave `p` out, or use "
+            "variant='hard'. The fields of blur are sigma_max, width, layers and attentions.",
+        ),
+        ({"variant": "blur", "k": 7}, "`k`=7 would have no effect"),
+        ({"variant": "blur", "fill": "zero"}, "`fill`='zero' would have no effect"),
+        (
+            {"sigma_max": 2.0},
+            "`sigma_max`=2.0 would have no effect, because variant='hard' does not use it: blur does",
+        ),
+        ({"width": 3}, "The fields of hard are p, k, fill, layers and attentions."),
+    ],
+)
+def test_a_field_that_the_variant_does_not_use_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AttentionDropConfig(**values)
+
+
+@pytest.mark.parametrize("variant", ["hard", "blur"])
+def test_all_fields_at_their_defaults_are_accepted_as_config_json_holds_them(variant: str) -> None:
+    drop = AttentionDropConfig(variant=variant)
+    assert AttentionDropConfig.from_dict(drop.to_dict()) == drop
+
+
+@pytest.mark.parametrize(
+    ("values", "plain"),
+    [
+        ({"p": np.float64(0.3)}, {"p": 0.3}),
+        ({"p": np.float32(0.5)}, {"p": 0.5}),
+        ({"p": torch.tensor(0.5)}, {"p": 0.5}),
+        ({"k": np.int64(3)}, {"k": 3}),
+        ({"layers": range(3)}, {"layers": (0, 1, 2)}),
+        ({"layers": (0, 1)}, {"layers": (0, 1)}),
+        ({"layers": np.arange(2)}, {"layers": (0, 1)}),
+        ({"layers": torch.arange(2)}, {"layers": (0, 1)}),
+        ({"layers": [np.int32(0), -1]}, {"layers": (0, -1)}),
+        ({"variant": np.str_("blur"), "width": np.int8(3)}, {"variant": "blur", "width": 3}),
+    ],
+    ids=str,
+)
+def test_numbers_and_arrays_of_numpy_and_torch_become_plain(values: dict[str, Any], plain: dict[str, Any]) -> None:
+    drop = AttentionDropConfig(**values)
+    assert drop == AttentionDropConfig(**plain)
+    assert json.loads(json.dumps(drop.to_dict())) == AttentionDropConfig(**plain).to_dict()
+    assert all(type(getattr(drop, name)) is type(value) for name, value in plain.items())
+    assert {type(layer) for layer in drop.layers or ()} <= {int}
+
+
+def test_the_same_holds_for_learned_methods() -> None:
+    affine = AffineScaledConfig(momentum=np.float64(0.5), gate=np.True_, layers=range(2))
+    assert (
+        json.loads(json.dumps(affine.to_dict()))
+        == AffineScaledConfig(momentum=0.5, gate=True, layers=[0, 1]).to_dict()
+    )
+    assert GatedAttentionConfig(layers=np.array([1])) == GatedAttentionConfig(layers=[1])
+
+
+@pytest.mark.parametrize(
+    "values", [{"layers": "01"}, {"layers": np.array(1)}, {"layers": {0: 1}}, {"k": np.float64(3)}, {"p": np.True_}]
+)
+def test_what_only_resembles_them_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(values))}` must be"):
         AttentionDropConfig(**values)
 
 
