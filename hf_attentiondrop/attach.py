@@ -162,8 +162,10 @@ def _make(module: nn.Module) -> Reweighting | None:
 def _hand_over_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # Kept on the module instead, the states would break recomputation and compilation.
-    return args, {**kwargs, "reweighting_states": args[0] if args else kwargs[name]}
+    # Kept on the module instead, the states would break recomputation and compilation, and so would the memory of
+    # this pass, which models share among several calls of the attention function.
+    states = args[0] if args else kwargs[name]
+    return args, {**kwargs, "reweighting_states": states, "reweighting_memory": {}}
 
 
 def _states_name(module_class: type[nn.Module]) -> str:

@@ -1,6 +1,7 @@
 """The attention functions, with the signature that Transformers calls."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,12 +75,15 @@ def reweighted_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     reweighting_states: torch.Tensor | None = None,
+    reweighting_memory: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention under what the module's `reweighting` has learned, in training and in evaluation.
 
     Args:
         reweighting_states: `(B, Q, hidden_size)`, the hidden states that entered the module; a hook hands them over.
+        reweighting_memory: what the attention calls of one pass through the module share, empty at first; the hook
+            makes it.
         others: as in [`attention_drop_forward`]. Attention is perturbed in training if the config has an
             `attention_drop` entry, and the base attention otherwise, before it is reweighted.
 
@@ -102,6 +106,8 @@ def reweighted_attention_forward(
     if module.reweighting is None:
         return attend(call)
     _refuse_misplaced_states(call, reweighting_states)
+    if reweighting_memory is not None:
+        call = replace(call, memory=reweighting_memory)
     return module.reweighting(reweighting_states, call, attend)
 
 

@@ -1,7 +1,7 @@
 """One attention call, and what stock Transformers would make of it: everything else builds on this."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from .sites import SDPA
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one attention call, the score `(H,)` of a learned sink if there is one, and the attention
-    implementation that is to compute the base attention."""
+    """The arguments of one attention call, the score `(H,)` of a learned sink if there is one, the attention
+    implementation that is to compute the base attention, and what the calls of one pass through the module share."""
 
     module: nn.Module
     query: torch.Tensor
@@ -30,6 +30,7 @@ class AttentionCall:
     extras: dict[str, Any]
     sink: torch.Tensor | None = None
     base: str = SDPA
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def causal(self) -> bool:

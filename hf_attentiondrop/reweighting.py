@@ -139,8 +139,10 @@ class AffineScaling(Reweighting):
             )
         logits = _project(states, self.weight)  # (B, Q, H)
         alpha = affine_scale(logits, activation=self.config.activation, init=self.config.init)
-        if call.module.training and not is_recomputing():
+        # Once in a pass: DiffLlama attends twice, to the two halves of the values, with the same weights.
+        if call.module.training and not is_recomputing() and "has_moved" not in call.memory:
             self._update_average(alpha.detach(), call.real_queries)
+            call.memory["has_moved"] = True
         average = self.average.clone()  # A later update must not change what the backward pass finds.
         output, weights = attend(call)
         sums = visible_sums(call.mask, is_causal=call.causal, **call.lengths)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
@@ -19,6 +20,7 @@ from hf_attentiondrop.reweighting_configuration import ReweightingConfig
 
 from . import reference
 from .cases import CASES, CASES_BY_NAME, AttentionCase
+from .models import enable_checkpointing
 from .test_attention import VARIANTS, expected, make_module, position_bias
 
 
@@ -303,3 +305,28 @@ def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
     error = (draws.mean(dim=0) - expected).abs()
     assert draws.std(dim=0).amax() > 0.1
     assert (error <= 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("how", ["eager", "checkpointing", "compiled"])
+def test_a_module_that_attends_twice_moves_its_average_once(how: str) -> None:
+    """DiffLlama attends once to each half of its values, under the same weights."""
+    config = DiffLlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    config.attention_reweighting = AffineScaledConfig(init="paper", momentum=0.5)
+    model = DiffLlamaForCausalLM._from_config(config, attn_implementation="affine_scaled").train()
+    reweighting, ids = model.model.layers[0].self_attn.reweighting, torch.randint(32, (2, 5))
+    run = model
+    if how == "checkpointing":
+        enable_checkpointing(model, use_reentrant=False)
+    elif how == "compiled":
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        before = reweighting.average.clone()
+        run(ids, labels=ids).loss.backward()
+        states = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+        alpha = reference.affine_scales(states, reweighting.weight, activation="linear_clip", init="paper")
+        wanted = before.lerp(alpha.mean(dim=(0, 2, 3)), 0.5)
+        torch.testing.assert_close(reweighting.average, wanted.detach(), rtol=0, atol=1e-6)
