@@ -71,6 +71,8 @@ def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     """
     _refuse_tensor_parallelism(model.config)
     modules = list(modules)
+    for module in modules:
+        _refuse_undescribed_weights(model, module)
     sites = [module.attention_drop_site for module in modules]
     check_selection(model, REWEIGHTING_KEY, [(site, site.config.attention_reweighting) for site in sites])
     for module in modules:
@@ -126,6 +128,16 @@ def refuse_to_leave(model: PreTrainedModel, modules: Iterable[nn.Module], reques
             f"{type(model).__name__} has learned attention weights ({learned[0].config._attn_implementation!r}, "
             f"{len(learned)} modules) which attn_implementation={requested!r} would leave out: its outputs would "
             "silently be wrong. Load the checkpoint that it was made from to get the base model."
+        )
+
+
+def _refuse_undescribed_weights(model: nn.Module, module: nn.Module) -> None:
+    """Refuses a module that is to learn, or has learned, what no config of the whole model describes."""
+    if module.attention_drop_site.config.attention_reweighting is None:
+        raise ValueError(
+            f"A {type(module).__name__} of {type(model).__name__} runs {module.config._attn_implementation!r}, and the "
+            f"config of the whole model has no `{REWEIGHTING_KEY}` for it: a checkpoint would reload without the "
+            "learned weights. Ask the whole model for that attn_implementation."
         )
 
 

@@ -8,16 +8,24 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    CLIPVisionConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlavaConfig,
+    LlavaModel,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipVisionConfig,
     SpeechEncoderDecoderModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -380,3 +388,36 @@ def test_a_configuration_that_one_model_refuses_changes_none() -> None:
     with pytest.raises(ValueError, match="no attention of BertForSequenceClassification matches"):
         hf_attentiondrop.configure(pair, {"p": 0.8, "attentions": ["decoder_self"]})
     assert applied(pair) == of_strength(0.3)
+
+
+def nested(**kwargs: Any) -> PreTrainedModel:
+    """A composite of which one part is a composite itself."""
+    image = {**TINY, "image_size": 8, "patch_size": 4}
+    text = Gemma3TextConfig(**TINY, vocab_size=64, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    inner = Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**image), hidden_size=32)
+    config = LlavaConfig(text_config=inner, vision_config=CLIPVisionConfig(**image))
+    return LlavaModel._from_config(config, **kwargs)
+
+
+def perturbed_parts(model: PreTrainedModel) -> set[str]:
+    names = ("vision_tower", "language_model.vision_tower", "language_model.language_model")
+    rows = hf_attentiondrop.report(model).rows
+    return {name for name in names for row in rows if row.applied and row.name.startswith(f"{name}.")}
+
+
+def test_a_part_of_a_part_is_switched() -> None:
+    inner = "language_model.language_model"
+    assert perturbed_parts(nested(attn_implementation={"text_config": {"text_config": "attentiondrop"}})) == {inner}
+    model = nested()
+    model.set_attn_implementation("attentiondrop")
+    assert perturbed_parts(model) == {"vision_tower", "language_model.vision_tower", inner}
+    model.set_attn_implementation("sdpa")
+    assert {config._attn_implementation for config in configs(model).values()} == {"sdpa"}
+    requested = {"text_config": {"text_config": "attentiondrop"}}
+    if Version(transformers.__version__) >= Version("5.20"):
+        model.set_attn_implementation(requested)
+        assert perturbed_parts(model) == {inner}
+    else:  # Transformers itself takes nested dicts for a model that is being built only.
+        with pytest.raises(ValueError, match="not supported"):
+            model.set_attn_implementation(requested)
+        assert perturbed_parts(model) == set()
