@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -199,7 +198,7 @@ def train(
         **values,
     }
     settings = {
-        "train_dataset": Dataset.from_list(rows(task) if examples is None else examples),
+        "train_dataset": rows(task) if examples is None else examples,
         "data_collator": collator(task, model),
         "callbacks": [recorder],
         **(trainer_kwargs or {}),

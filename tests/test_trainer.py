@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -308,7 +307,7 @@ def test_a_model_without_randomness_is_reported_once_with_the_remedy(
     trainer = AttentionDropTrainer(
         model=model,
         args=arguments(tmp_path, per_device_train_batch_size=2, max_steps=2),
-        train_dataset=Dataset.from_list(rows_of(batch)),
+        train_dataset=rows_of(batch),
     )
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -366,7 +365,7 @@ def test_evaluation_and_prediction_are_one_ordinary_pass(task: str, tmp_path: An
         trainer = trainer_class(
             model=model,
             args=arguments(tmp_path, arguments_class, per_device_eval_batch_size=3, label_smoothing_factor=0.1),
-            eval_dataset=Dataset.from_list(rows(task)),
+            eval_dataset=rows(task),
             data_collator=collator(task),
             compute_metrics=lambda prediction: {"sum": float(prediction.predictions.sum())},
         )
@@ -386,8 +385,8 @@ def test_sequence_to_sequence_evaluation_generates_as_the_stock_trainer_does(tmp
         trainer = trainer_class(
             model=model,
             args=arguments(tmp_path, arguments_class, predict_with_generate=True, generation_max_length=8),
-            train_dataset=Dataset.from_list(rows("seq2seq")),
-            eval_dataset=Dataset.from_list(rows("seq2seq")),
+            train_dataset=rows("seq2seq"),
+            eval_dataset=rows("seq2seq"),
             data_collator=collator("seq2seq", model),
             processing_class=tokenizer(),
         )

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -16,7 +14,6 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.losses import consistency_loss
@@ -36,6 +33,11 @@ from .consistency_tasks import (
 from .models import build, inputs
 
 
+Dataset = pytest.importorskip("datasets").Dataset
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
+
+
 def first_logs(trainer: Trainer) -> dict[str, float]:
     return trainer.state.log_history[0]
 
@@ -46,9 +48,7 @@ def train_on(model: nn.Module, batch: dict[str, Tensor], tmp_path: Any, **values
         {name: value[index].tolist() for name, value in batch.items()} for index in range(len(batch["labels"]))
     ]
     values = {"per_device_train_batch_size": len(examples), **values}
-    trainer = AttentionDropTrainer(
-        model=model, args=arguments(tmp_path, **values), train_dataset=Dataset.from_list(examples)
-    )
+    trainer = AttentionDropTrainer(model=model, args=arguments(tmp_path, **values), train_dataset=examples)
     trainer.train()
     return trainer
 
@@ -56,12 +56,13 @@ def train_on(model: nn.Module, batch: dict[str, Tensor], tmp_path: Any, **values
 # --- TRL
 
 
-class ConsistencySFTTrainer(ConsistencyTrainerMixin, SFTTrainer):
+class ConsistencySFTTrainer(ConsistencyTrainerMixin, trl.SFTTrainer):
     pass
 
 
 def train_sft(tmp_path: Any, batch_size: int = 8, accumulation: int = 1, **values: Any) -> tuple[Any, dict]:
     trainer_kwargs = {"processing_class": tokenizer(), "data_collator": None, "consistency_weight": 1.0}
+    trainer_kwargs["train_dataset"] = Dataset.from_list(values.pop("examples", rows("causal_lm")))
     trainer_kwargs |= values.pop("trainer_kwargs", {})
     return train(
         "causal_lm",
@@ -69,7 +70,7 @@ def train_sft(tmp_path: Any, batch_size: int = 8, accumulation: int = 1, **value
         batch_size,
         accumulation,
         trainer_class=ConsistencySFTTrainer,
-        arguments_class=SFTConfig,
+        arguments_class=trl.SFTConfig,
         trainer_kwargs=trainer_kwargs,
         **{"bf16": False, "activation_checkpointing": False, **values},
     )
@@ -139,7 +140,7 @@ def test_sft_packs_with_its_own_defaults(kind: str, batch_size: int, tmp_path: A
     model = build("llama", attention_drop=AttentionDropConfig(p=0.3), initializer_range=0.2)
     trainer = ConsistencySFTTrainer(
         model=model,
-        args=SFTConfig(
+        args=trl.SFTConfig(
             tmp_path,
             max_steps=2,
             per_device_train_batch_size=batch_size,
@@ -163,13 +164,15 @@ def test_sft_packs_with_its_own_defaults(kind: str, batch_size: int, tmp_path: A
 def peft_model(task: str, config: Any, **kwargs: Any) -> nn.Module:
     model = build_model(task, **kwargs)
     set_seed(0)
-    return get_peft_model(model, config)
+    return peft.get_peft_model(model, config)
 
 
 def test_lora_takes_the_same_step_however_the_batch_is_cut(tmp_path: Any) -> None:
     steps = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
-        config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        )
         trainer, gradients = train(
             "causal_lm", tmp_path, batch_size, accumulation, model=peft_model("causal_lm", config)
         )
@@ -182,13 +185,13 @@ def test_lora_takes_the_same_step_however_the_batch_is_cut(tmp_path: Any) -> Non
 def test_lora_dropout_counts_as_randomness_before_it_has_an_effect(
     tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], lora_dropout=0.1)
+    config = peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules=["q_proj"], lora_dropout=0.1)
     trainer, _ = train("causal_lm", tmp_path, model=peft_model("causal_lm", config), strength=0.0)
     assert first_logs(trainer)["consistency_loss"] == 0
     assert "consistency term has no effect" not in caplog.text
 
 
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
 def test_prompt_learning_takes_the_same_step_however_the_batch_is_cut(task: str, kind: type, tmp_path: Any) -> None:
     types = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -203,7 +206,7 @@ def test_prompt_learning_takes_the_same_step_however_the_batch_is_cut(task: str,
 
 def test_prompt_tuning_compares_the_positions_that_predict_a_label(tmp_path: Any) -> None:
     """The first label is predicted too, by the last virtual token."""
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     examples = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1] * 4, "labels": [5, -100, 7, 8]}] * 2
     trainer, _ = train("causal_lm", tmp_path, 2, model=peft_model("causal_lm", config), examples=examples)
     model = peft_model("causal_lm", config).train()
@@ -216,10 +219,10 @@ def test_prompt_tuning_compares_the_positions_that_predict_a_label(tmp_path: Any
 
 
 def test_prompts_that_would_be_mistaken_are_refused(tmp_path: Any) -> None:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="Label smoothing does not work with prompt tuning"):
         train("causal_lm", tmp_path, model=peft_model("causal_lm", config), label_smoothing_factor=0.1)
-    config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4])
+    config = peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4])
     with pytest.raises(ValueError, match="does not know PEFT's CPT"):
         train("causal_lm", tmp_path, model=peft_model("causal_lm", config))
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -72,7 +71,7 @@ def run(
     trainer = trainer_class(
         model=model,
         args=arguments(tmp_path, arguments_class, train_sampling_strategy="sequential", **{**PLAIN_SGD, **values}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows,
         callbacks=[recorder],
     )
     trainer.train()
