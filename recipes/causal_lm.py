@@ -36,10 +36,11 @@ from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
-from shared.evaluation import measure_attention
+from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
 from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
+from shared.running import owning_output_dir
 from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for
 from shared.training import train
 from torch import Tensor
@@ -248,9 +249,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, types)
     model_args, lora_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
+    last_evaluation = LastEvaluation()
     # Nothing is written before everything was found to be in order.
-    with parser.refusing_bad_input():
-        checkpoint = check_output_dir(training_args)
+    with parser.preparing():
+        check_output_dir(training_args)
         if lora_args.use_peft:
             check_base(model_args, attention)
         set_seed(training_args.seed)
@@ -276,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             processing_class=tokenizer,
             data_collator=partial(collate, padding=tokenizer.eos_token_id),
             preprocess_logits_for_metrics=token_scores,
+            callbacks=[last_evaluation],
             compute_metrics=language_metrics,
         )
 
@@ -289,17 +292,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
     attention_weights = None
-    if training_args.do_train:
-        train_metrics, train_results = train(trainer, checkpoint)
-        metrics |= train_metrics
-        results |= train_results
-    if training_args.do_eval:
-        metrics |= trainer.evaluate()
-        attention_weights = measure_attention(trainer)
-        results["perplexity"] = f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {baseline:.2f})"
-        results["evaluated on"] = f"{eval_tokens} held-out tokens"
+    with owning_output_dir(parser, training_args) as checkpoint:
+        if training_args.do_train:
+            train_metrics, train_results = train(trainer, checkpoint)
+            metrics |= train_metrics
+            results |= train_results
+        if training_args.do_eval:
+            metrics |= final_evaluation(trainer, last_evaluation)
+            attention_weights = measure_attention(trainer)
+            results["perplexity"] = (
+                f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {baseline:.2f})"
+            )
+            results["evaluated on"] = f"{eval_tokens} held-out tokens"
 
-    finish(trainer, parser, "Language modelling", DOCUMENTATION, metrics, results, attention=attention_weights)
+        finish(trainer, parser, "Language modelling", DOCUMENTATION, metrics, results, attention=attention_weights)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ A data set from the Hub, with another perturbation:
 `--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,11 +31,12 @@ from PIL import Image as PILImage
 from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
-from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
 from shared.images import check_images
 from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
+from shared.running import owning_output_dir
 from shared.training import train
 from sklearn.datasets import load_digits
 from transformers import (
@@ -184,14 +186,21 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
+def majority_accuracy(data: DatasetDict, label_column: str) -> float:
+    """The accuracy of answering always with the class that is most frequent in training."""
+    majority = Counter(data["train"][label_column]).most_common(1)[0][0]
+    return float(np.mean(np.array(data["validation"][label_column]) == majority))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     types = (ImageModelArguments, ImageDataArguments, EvaluationArguments, ImageTrainingArguments)
     parser = RecipeParser(__doc__, types)
     model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
+    last_evaluation = LastEvaluation()
     # Nothing is written before everything was found to be in order.
-    with parser.refusing_bad_input():
-        checkpoint = check_output_dir(training_args)
+    with parser.preparing():
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_data(data_args)
@@ -210,23 +219,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             eval_dataset=data["validation"],
             processing_class=processor,
             data_collator=partial(collate, processor=processor, arguments=data_args, channels=channels),
+            callbacks=[last_evaluation],
             compute_metrics=accuracy,
         )
 
-    metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
+    baseline = majority_accuracy(data, data_args.label_column)
+    metrics: dict[str, Any] = {
+        "train_samples": len(data["train"]),
+        "eval_samples": len(data["validation"]),
+        "majority_accuracy": baseline,
+    }
     results = {"data": data_args.dataset_name or data_args.train_dir or DIGITS}
     evaluation = None
-    if training_args.do_train:
-        train_metrics, train_results = train(trainer, checkpoint)
-        metrics |= train_metrics
-        results |= train_results
-    if training_args.do_eval:
-        metrics |= trainer.evaluate()
-        normalization = Normalization.from_processor(processor) if evaluation_args.evaluate_robustness else None
-        evaluation = measure_classifier(trainer, evaluation_args, normalization)
-        results["accuracy"] = f"{metrics['eval_accuracy']:.4f} on {len(data['validation'])} held-out images"
+    with owning_output_dir(parser, training_args) as checkpoint:
+        if training_args.do_train:
+            train_metrics, train_results = train(trainer, checkpoint)
+            metrics |= train_metrics
+            results |= train_results
+        if training_args.do_eval:
+            metrics |= final_evaluation(trainer, last_evaluation)
+            normalization = Normalization.from_processor(processor) if evaluation_args.evaluate_robustness else None
+            evaluation = measure_classifier(trainer, evaluation_args, normalization)
+            results["accuracy"] = f"{metrics['eval_accuracy']:.4f} (always the most frequent class: {baseline:.4f})"
+            results["evaluated on"] = f"{len(data['validation'])} held-out images"
 
-    finish(trainer, parser, "Image classification", DIGITS, metrics, results, evaluation)
+        finish(trainer, parser, "Image classification", DIGITS, metrics, results, evaluation)
 
 
 if __name__ == "__main__":

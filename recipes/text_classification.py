@@ -30,10 +30,11 @@ from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
-from shared.evaluation import EvaluationArguments, measure_classifier
+from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
 from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
+from shared.running import owning_output_dir
 from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for, train_encoder_tokenizer
 from shared.training import train
 from sklearn.metrics import f1_score
@@ -195,9 +196,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, types)
     model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
+    last_evaluation = LastEvaluation()
     # Nothing is written before everything was found to be in order.
-    with parser.refusing_bad_input():
-        checkpoint = check_output_dir(training_args)
+    with parser.preparing():
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_data(data_args)
@@ -220,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             eval_dataset=tokenized["validation"],
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[last_evaluation],
             compute_metrics=classification_metrics,
         )
 
@@ -228,18 +231,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics |= {f"majority_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
     evaluation = None
-    if training_args.do_train:
-        train_metrics, train_results = train(trainer, checkpoint)
-        metrics |= train_metrics
-        results |= train_results
-    if training_args.do_eval:
-        metrics |= trainer.evaluate()
-        evaluation = measure_classifier(trainer, evaluation_args)
-        for name, value in baseline.items():
-            results[name] = f"{metrics[f'eval_{name}']:.4f} (always the most frequent class: {value:.4f})"
-        results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+    with owning_output_dir(parser, training_args) as checkpoint:
+        if training_args.do_train:
+            train_metrics, train_results = train(trainer, checkpoint)
+            metrics |= train_metrics
+            results |= train_results
+        if training_args.do_eval:
+            metrics |= final_evaluation(trainer, last_evaluation)
+            evaluation = measure_classifier(trainer, evaluation_args)
+            for name, value in baseline.items():
+                results[name] = f"{metrics[f'eval_{name}']:.4f} (always the most frequent class: {value:.4f})"
+            results["evaluated on"] = f"{len(data['validation'])} held-out texts"
 
-    finish(trainer, parser, "Text classification", DOCUMENTATION, metrics, results, evaluation)
+        finish(trainer, parser, "Text classification", DOCUMENTATION, metrics, results, evaluation)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import sacrebleu
 from datasets import Dataset, DatasetDict
-from shared.arguments import ModelArguments, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments, check_at_least_one, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
-from shared.evaluation import measure_attention
+from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
 from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
+from shared.running import owning_output_dir
 from shared.text import check_tokens
 from shared.training import train
 from shared.translations import TranslationDataArguments, load_pairs
@@ -92,6 +93,10 @@ class TranslationTrainingArguments(RunArguments, AttentionDropSeq2SeqTrainingArg
     eval_strategy: str = field(
         default="no", metadata={"help": "When to evaluate during training; translating is slow."}
     )
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "generation_num_beams", "generation_max_length")
+        super().__post_init__()
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -208,9 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = RecipeParser(__doc__, (TranslationModelArguments, TranslationDataArguments, TranslationTrainingArguments))
     model_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
+    last_evaluation = LastEvaluation()
     # Nothing is written before everything was found to be in order.
-    with parser.refusing_bad_input():
-        checkpoint = check_output_dir(training_args)
+    with parser.preparing():
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_pairs(data_args, cldr_pairs)
@@ -231,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             eval_dataset=tokenized["validation"],
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+            callbacks=[last_evaluation],
             compute_metrics=partial(scores_of_prediction, tokenizer=tokenizer)
             if training_args.predict_with_generate
             else None,
@@ -241,19 +248,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics |= {f"copy_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or CLDR}
     attention_weights = None
-    if training_args.do_train:
-        train_metrics, train_results = train(trainer, checkpoint)
-        metrics |= train_metrics
-        results |= train_results
-    if training_args.do_eval:
-        metrics |= trainer.evaluate()
-        attention_weights = measure_attention(trainer)
-        if training_args.predict_with_generate:
-            for name, title in SCORES.items():
-                results[title] = f"{metrics[f'eval_{name}']:.1f} (copying the source: {baseline[name]:.1f})"
-        results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+    with owning_output_dir(parser, training_args) as checkpoint:
+        if training_args.do_train:
+            train_metrics, train_results = train(trainer, checkpoint)
+            metrics |= train_metrics
+            results |= train_results
+        if training_args.do_eval:
+            metrics |= final_evaluation(trainer, last_evaluation)
+            attention_weights = measure_attention(trainer)
+            if training_args.predict_with_generate:
+                for name, title in SCORES.items():
+                    results[title] = f"{metrics[f'eval_{name}']:.1f} (copying the source: {baseline[name]:.1f})"
+            results["evaluated on"] = f"{len(data['validation'])} held-out texts"
 
-    finish(trainer, parser, "Translation", CLDR, metrics, results, attention=attention_weights)
+        finish(trainer, parser, "Translation", CLDR, metrics, results, attention=attention_weights)
 
 
 if __name__ == "__main__":

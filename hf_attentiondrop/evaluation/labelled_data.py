@@ -48,8 +48,6 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
         if (reader := reader_of(name)) is None:
             raise ValueError(f"--data: expected a file of one of {', '.join(READERS)}, got {name!r}.")
         arguments, options = reader[:1], {"data_files": name, **reader[1]}
-    elif reader_of(name) is not None:
-        raise ValueError(f"--data: there is no file {name!r} here. Name one that there is.")
     else:
         arguments, options = (name, config), {}
     splits = load_splits("--data", name, *arguments, **options)

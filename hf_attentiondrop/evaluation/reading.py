@@ -48,7 +48,8 @@ def load_splits(flag: str, name: str, *arguments: str | None, **options: Any) ->
                 _check_encoding(Path(path))
         return load_dataset(*arguments, **options)
     except Exception as error:  # Every reader has its own way to fail on a file.
-        missing = "" if files or Path(name).exists() else "there is no such file or folder here, and on the Hub "
+        missing = "there is no such file or folder here, and as a data set on the Hub "
+        missing = "" if files or Path(name).exists() else missing
         raise ValueError(f"{flag}: {missing}{name!r} cannot be loaded: {_reason(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -101,6 +101,10 @@ class RunArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        super().__post_init__()
+
 
 def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` and the config of a new model need to be told about attention.
@@ -167,6 +171,22 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
         groups["variant"] = {name for variant, names in VARIANT_FIELDS.items() if variant != new for name in names}
     left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
     return {flag: names for flag, names in left_out.items() if names}
+
+
+def check_at_least_one(arguments: Any, *names: str) -> None:
+    """Refuses counts below 1, some of which would show only when the trained model is evaluated.
+
+    Args:
+        arguments: the dataclass that holds them.
+        names (`str`): of the arguments; `None` is not checked.
+
+    Raises:
+        ValueError: naming the flag and what was given.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}.")
 
 
 def check_path(flag: str, name: str | None, is_local: bool = False) -> None:

@@ -23,18 +23,30 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     asked = arguments.resume_from_checkpoint
     if asked is None:
         return None
-    if asked != "last":
-        place, checkpoint = asked, Path(asked)
+    if asked == "last":
+        place, checkpoint = arguments.output_dir, last_checkpoint(arguments.output_dir)
     else:
-        complete = filter(_is_complete, Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-        by_step = {int(path.name.rpartition("-")[2]): path for path in complete}
-        place, checkpoint = arguments.output_dir, by_step[max(by_step)] if by_step else None
-    if checkpoint is None or not _is_complete(checkpoint):
+        place, checkpoint = asked, asked if _is_complete(Path(asked)) else None
+    if checkpoint is None:
         raise ValueError(
             f"--resume_from_checkpoint: expected a folder with a complete checkpoint, found none in {place}. Without "
             "the flag the run starts from the beginning."
         )
-    return str(checkpoint)
+    return checkpoint
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """Finds the last complete checkpoint of the run in a folder."""
+    complete = filter(_is_complete, Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    by_step = {int(path.name.rpartition("-")[2]): path for path in complete}
+    return str(by_step[max(by_step)]) if by_step else None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The number of optimizer steps that a checkpoint was saved after; 0 without one."""
+    if checkpoint is None:
+        return 0
+    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from hf_attentiondrop.evaluation.classes import check_all_labelled
 from hf_attentiondrop.evaluation.reading import load_splits
 
-from .arguments import check_path
+from .arguments import check_at_least_one, check_path
 
 
 # The held-out samples and the subsets stay the same whatever --seed is, so that runs can be compared.
@@ -35,6 +35,9 @@ class DatasetArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many samples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many samples."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "max_train_samples", "max_eval_samples")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_attentiondrop.evaluation.classifier import ATTENTION_SAMPLES, ClassifierEvaluation, evaluate_classifier
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attention_statistics
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 from hf_attentiondrop.evaluation.running import first_samples
+
+from .arguments import check_at_least_one
 
 
 @dataclass
@@ -26,8 +28,34 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.robustness_samples < 1:
-            raise ValueError(f"--robustness_samples: expected at least 1, got {self.robustness_samples}.")
+        check_at_least_one(self, "robustness_samples")
+
+
+class LastEvaluation(TrainerCallback):
+    """Keeps the metrics of the Trainer's last evaluation during training, and the step that it was at."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.step: int | None = None
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.metrics, self.step = dict(kwargs["metrics"]), state.global_step
+
+
+def final_evaluation(trainer: Trainer, last: LastEvaluation) -> dict[str, float]:
+    """The metrics of the trained model: those of the last evaluation where it was of these weights, or else new ones.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): after training, or without it.
+        last ([`LastEvaluation`]): one of its callbacks.
+    """
+    state = trainer.state
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else None
+    if last.step is not None and last.step == state.global_step and kept in (None, last.step):
+        return last.metrics
+    return trainer.evaluate()
 
 
 def measure_classifier(

@@ -25,6 +25,8 @@ from .parser import RecipeParser
 
 
 RUN_FILE = "run.yaml"
+# Locked by the run that writes into the folder. What begins so is not uploaded.
+LOCK_FILE = "_lock"
 NESTED_METRICS = ("calibration", "robustness", "attention")
 # How a run was started, and on what, is no part of what it computes.
 NOT_IN_RUN_FILE = ("config", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu", "hub_token")
@@ -44,7 +46,7 @@ def check_output_dir(arguments: TrainingArguments) -> str | None:
         raise ValueError(f"--output_dir: expected a folder, {folder} is a file.")
     checkpoint = find_checkpoint(arguments)
     is_continued = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
-    is_free = not folder.exists() or not any(folder.iterdir())
+    is_free = not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir())
     if not (is_free or is_continued or arguments.overwrite_output_dir):
         raise ValueError(
             f"--output_dir: {folder} is not empty, and the run would overwrite what is in it. Name another folder, "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -104,16 +104,21 @@ class RecipeParser(HfArgumentParser):
             self.values |= attention["attention_drop"].to_dict()
         return (*arguments, attention)
 
-    def error(self, message: str) -> None:
-        """Ends the process with exit code 2 and one line on stderr, of several on a machine from the first only."""
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-        line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line}\n" if is_first else None)
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2 and one line on stderr, see [`RecipeParser.stop`]."""
+        self.stop(2, f"error: {message}")
+
+    def stop(self, code: int, message: str) -> NoReturn:
+        """Ends the process with one line on stderr, of several on a machine from the first only."""
+        self.exit(code, self._line(message))
 
     def note(self, message: str) -> None:
         """Says on stderr, in one line and once for all processes of a machine, what the user should know."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: note: {' '.join(message.split())}", file=sys.stderr)
+        print(self._line(f"note: {message}") or "", end="", file=sys.stderr)
+
+    def _line(self, message: str) -> str | None:
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        return f"{self.prog}: {' '.join(message.split())}\n" if is_first else None
 
     def cap(self, arguments: Any, name: str, longest: float) -> None:
         """Lowers the default of an argument to what the model takes, and says so.
@@ -142,6 +147,15 @@ class RecipeParser(HfArgumentParser):
             yield
         except BAD_INPUT_ERRORS as error:
             self.error(str(error))
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is done before anything is written: bad input, and Ctrl-C, end in one line."""
+        try:
+            with self.refusing_bad_input():
+                yield
+        except KeyboardInterrupt:
+            self.stop(130, "interrupted before the training; nothing was written.")
 
     def _given(self, flags: Iterable[str]) -> dict[str, Any]:
         """The values of those arguments that the flags give."""

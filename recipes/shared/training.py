@@ -3,7 +3,7 @@
 import transformers
 from transformers import Trainer
 
-from .checkpoints import delete_checkpoints
+from .checkpoints import delete_checkpoints, step_of
 from .output import describe_attention
 
 
@@ -15,10 +15,13 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
         checkpoint (`str`, *optional*): folder of the checkpoint to continue from.
 
     Returns:
-        `tuple`: the metrics of the training, and its rows in the table of results.
+        `tuple`: the metrics of the training, and its rows in the table of results. Those of a run that is resumed are
+        of the steps since then, and say so.
     """
     if trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero():
         delete_checkpoints(trainer.args.output_dir)
+    # Read now: the run deletes old checkpoints.
+    first = step_of(checkpoint)
     # Each checkpoint would draw a bar of its own through that of the training.
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -27,8 +30,23 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     processes = trainer.args.world_size
-    duration = f"{trainer.state.global_step} steps in {metrics['train_runtime']:.0f} s"
-    return metrics, {
-        "training": f"{duration} on {processes} process{'es' if processes > 1 else ''}",
+    several = f"{processes} process{'es' if processes > 1 else ''}"
+    last = trainer.state.global_step
+    steps = f"{last} steps" if first == 0 else f"steps {first + 1} to {last}, resumed,"
+    return _of_these_steps(trainer, metrics, first), {
+        "training": f"{steps} in {metrics['train_runtime']:.0f} s on {several}",
         "attention": describe_attention(trainer.model),
     }
+
+
+def _of_these_steps(trainer: Trainer, metrics: dict[str, float], first: int) -> dict[str, float]:
+    """The metrics of the steps that this process trained, and where it began if it did not train all of them."""
+    steps = trainer.state.global_step - first
+    if first == 0 or steps <= 0:
+        return metrics | ({"resumed_from_step": first} if first else {})
+    if not hasattr(trainer, "_initial_global_step"):
+        # Transformers before 5.17 divides what these steps took and lost by the number of all steps.
+        share = steps / trainer.state.global_step
+        rates = ("train_samples_per_second", "train_steps_per_second")
+        metrics |= {name: metrics[name] * share for name in rates} | {"train_loss": metrics["train_loss"] / share}
+    return metrics | {"resumed_from_step": first}

@@ -147,7 +147,7 @@ def test_words_for_nothing_are_texts_like_others(suffix: str, separator: str, tm
         (
             "i.csv",
             None,
-            "^--data: there is no file '.*i.csv' here",
+            "^--data: there is no such file or folder here, and as a data set on the Hub '.*i.csv' cannot",
         ),
     ],
 )

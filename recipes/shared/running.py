@@ -1,0 +1,97 @@
+"""A run while it writes: alone in its output folder, and with a word on how to go on where it is cut short."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers import TrainingArguments
+
+from .checkpoints import last_checkpoint
+from .output import LOCK_FILE, check_output_dir
+from .parser import RecipeParser
+
+
+INTERRUPTED = 130
+FAILED = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors, by the number of the error, and torch say of a file that could not be written: no OSError.
+FAILED_WRITES = re.compile(rf"(os error|code:) ({'|'.join(map(str, NO_ROOM))})\b|PytorchStreamWriter|unexpected pos")
+
+
+@contextmanager
+def owning_output_dir(parser: RecipeParser, arguments: TrainingArguments) -> Iterator[str | None]:
+    """Keeps other runs out of the output folder, and ends in one line when the run is interrupted or the disk is full.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Args:
+        parser ([`RecipeParser`]): of the run.
+        arguments ([`~transformers.TrainingArguments`]): of the run.
+
+    Yields:
+        `str`, *optional*: the checkpoint to continue from.
+
+    Raises:
+        SystemExit:
+            With code 2 if another run writes into the folder, 130 after Ctrl-C, and 1 if a file cannot be written, and
+            one line on stderr.
+    """
+    with parser.refusing_bad_input():
+        lock = _lock(arguments)
+    try:
+        with parser.refusing_bad_input():
+            # Another run may have ended in it since the folder was looked at first.
+            checkpoint = check_output_dir(arguments)
+        yield checkpoint
+    except KeyboardInterrupt:
+        parser.stop(INTERRUPTED, f"interrupted. {_way_to_continue(arguments.output_dir)}")
+    except Exception as error:
+        if (reason := _failed_write(error)) is None:
+            raise
+        parser.stop(
+            FAILED,
+            f"error: a file in {arguments.output_dir} cannot be written: {reason}. Make room on that disk. "
+            f"{_way_to_continue(arguments.output_dir)}",
+        )
+    finally:
+        if lock is not None:
+            # Before it is released: afterwards the file may be another run's. Windows keeps an open file.
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
+
+
+def _lock(arguments: TrainingArguments) -> FileLock | None:
+    """Locks the output folder, in the one process that writes the record of the run."""
+    lock = None
+    if arguments.process_index == 0:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_FILE)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"--output_dir: another run is writing into {folder}, and the two would mix their files. Wait for its "
+                "end, or name another folder."
+            ) from None
+    arguments.distributed_state.wait_for_everyone()
+    return lock
+
+
+def _way_to_continue(folder: str) -> str:
+    if (checkpoint := last_checkpoint(folder)) is not None:
+        return f"The same command with --resume_from_checkpoint continues from {checkpoint}."
+    return "No checkpoint was saved yet: the same command with --overwrite_output_dir starts again."
+
+
+def _failed_write(error: BaseException | None) -> str | None:
+    """Why a file could not be written; `None` for an error of another kind."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in NO_ROOM) or FAILED_WRITES.search(str(error)):
+            return str(error).splitlines()[0].rstrip(".")
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,221 @@
+"""A run of a recipe from its first to its last step: alone in its folder, cut short, resumed, and what it reports."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from sklearn.datasets import load_digits
+from transformers import TrainerCallback
+
+from .recipe_runs import load, refusal
+
+
+QUICK = ["--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+# Two steps, then a checkpoint.
+TWO_STEPS = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no"]
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("text_classification", monkeypatch)
+
+
+def read(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Another process that holds the folder of a run."""
+    script = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, folder / "_lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_folder_of_another_run_is_refused(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max_steps", "1", *QUICK, "--output_dir", str(tmp_path)]
+    with locked(tmp_path):
+        line = refusal(recipe, capfd, *flags)
+        assert f"--output_dir: another run is writing into {tmp_path}" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["_lock"]
+    # The other one was killed, and its lock with it; the file that is left does no harm.
+    recipe.main(flags)
+    assert read(tmp_path)["train_loss"] > 0
+    assert not (tmp_path / "_lock").exists()
+
+
+def test_a_run_holds_its_folder_until_it_ends(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            lock = FileLock(tmp_path / "_lock", timeout=0)
+            try:
+                lock.acquire()
+                held.append(False)
+                lock.release()
+            except TimeoutError:
+                held.append(True)
+
+    trainer = recipe.AttentionDropTrainer
+    monkeypatch.setattr(
+        recipe,
+        "AttentionDropTrainer",
+        lambda callbacks, **options: trainer(callbacks=[*callbacks, Look()], **options),
+    )
+    recipe.main(["--max_steps", "2", *QUICK, "--output_dir", str(tmp_path)])
+    assert held == [True, True]
+
+
+def end_of(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    """The exit code of a run that does not end well, and its last line on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main(list(flags))
+    return exit_.value.code, capfd.readouterr().err.rstrip("\n").splitlines()[-1]
+
+
+def interrupt_at(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends the process what Ctrl-C sends, after so many steps."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = recipe.AttentionDropTrainer
+    monkeypatch.setattr(
+        recipe,
+        "AttentionDropTrainer",
+        lambda callbacks, **options: trainer(callbacks=[*callbacks, Interrupt()], **options),
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "hint"),
+    [
+        (1, "No checkpoint was saved yet: the same command with --overwrite_output_dir starts again."),
+        (3, "The same command with --resume_from_checkpoint continues from {folder}/checkpoint-2."),
+    ],
+)
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], step: int, hint: str
+) -> None:
+    recipe = load("text_classification", monkeypatch)
+    interrupt_at(recipe, monkeypatch, step)
+    flags = ["--max_steps", "4", *TWO_STEPS, *QUICK, "--output_dir", str(tmp_path)]
+    code, line = end_of(recipe, capfd, *flags)
+    assert (code, line) == (130, f"text_classification.py: interrupted. {hint.format(folder=tmp_path)}")
+    monkeypatch.undo()
+    recipe = load("text_classification", monkeypatch)
+    recipe.main([*flags, "--resume_from_checkpoint" if step == 3 else "--overwrite_output_dir"])
+    assert read(tmp_path).get("resumed_from_step") == (2 if step == 3 else None)
+
+
+def test_ctrl_c_before_the_training_ends_in_one_line(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGINT))
+    code, line = end_of(recipe, capfd, "--output_dir", str(tmp_path / "out"))
+    assert code == 130 and line.endswith("interrupted before the training; nothing was written.")
+    assert not (tmp_path / "out").exists()
+
+
+# Bytes: less than the weights take; more than these, and less than the state of the optimizer.
+@pytest.mark.parametrize("room", [200_000, 1_000_000])
+def test_a_disk_without_room_ends_in_one_line_that_says_how_to_go_on(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], room: int
+) -> None:
+    flags = ["--max_steps", "4", *TWO_STEPS, *QUICK, "--output_dir", str(tmp_path)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Writing beyond it fails as on a full disk, for this process alone.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        code, line = end_of(recipe, capfd, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    assert line.startswith(f"text_classification.py: error: a file in {tmp_path} cannot be written: ")
+    assert line.endswith("Make room on that disk. No checkpoint was saved yet: the same command with "
+                         "--overwrite_output_dir starts again.")  # fmt: skip
+
+
+def test_a_resumed_run_says_which_steps_it_reports(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = ["--max_steps", "4", *TWO_STEPS, *QUICK, "--logging_steps", "1", "--save_total_limit", "9"]
+    recipe.main([*flags, "--output_dir", str(whole)])
+    assert "training           4 steps in" in capsys.readouterr().out
+    resumed.mkdir()
+    (whole / "checkpoint-2").rename(resumed / "checkpoint-2")
+    recipe.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint"])
+    assert "training           steps 3 to 4, resumed, in" in capsys.readouterr().out
+    metrics = read(resumed)
+    assert metrics["resumed_from_step"] == 2 and "resumed_from_step" not in read(whole)
+    losses = [entry["loss"] for entry in read(resumed / "checkpoint-4", "trainer_state.json")["log_history"][-2:]]
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
+    assert metrics["train_steps_per_second"] == pytest.approx(2 / metrics["train_runtime"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "image_classification", "text_classification"])
+def test_the_trained_model_is_evaluated_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    recipe = load(name, monkeypatch)
+    flags = ["--max_steps", "1", *QUICK, "--eval_strategy", "steps", "--eval_steps", "1"]
+    recipe.main([*flags, "--output_dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("'eval_loss'") == 1
+    assert read(tmp_path)["eval_loss"] > 0
+
+
+def test_images_have_a_trivial_baseline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load("image_classification", monkeypatch)
+    recipe.main(["--max_steps", "1", "--num_hidden_layers", "1", "--output_dir", str(tmp_path)])
+    baseline = read(tmp_path)["majority_accuracy"]
+    labels = recipe.load_data(recipe.ImageDataArguments())["train"]["label"][:]
+    assert len(labels) < len(load_digits().target) and 0.08 < baseline < 0.12
+    assert f"(always the most frequent class: {baseline:.4f})" in capsys.readouterr().out
+    assert "| Accuracy |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("translation", "--generation_num_beams"),
+        ("translation", "--generation_max_length"),
+        ("text_classification", "--per_device_eval_batch_size"),
+        ("text_classification", "--max_eval_samples"),
+        ("image_classification", "--max_train_samples"),
+    ],
+)
+def test_counts_of_nothing_are_refused_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, flag: str
+) -> None:
+    line = refusal(load(name, monkeypatch), capfd, flag, "0", "--max_steps", "1", "--output_dir", tmp_path / "out")
+    assert f"error: {flag}: expected at least 1, got 0." in line
+    assert not (tmp_path / "out").exists()
