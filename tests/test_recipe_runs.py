@@ -34,6 +34,16 @@ def read(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 
 
+def add_callback(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Gives the Trainer of a recipe one more callback."""
+    trainer = recipe.AttentionDropTrainer
+    monkeypatch.setattr(
+        recipe,
+        "AttentionDropTrainer",
+        lambda callbacks=(), **options: trainer(callbacks=[*callbacks, callback], **options),
+    )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Another process that holds the folder of a run."""
@@ -79,12 +89,7 @@ def test_a_run_holds_its_folder_until_it_ends(
             except TimeoutError:
                 held.append(True)
 
-    trainer = recipe.AttentionDropTrainer
-    monkeypatch.setattr(
-        recipe,
-        "AttentionDropTrainer",
-        lambda callbacks, **options: trainer(callbacks=[*callbacks, Look()], **options),
-    )
+    add_callback(recipe, monkeypatch, Look())
     recipe.main(["--max_steps", "2", *QUICK, "--output_dir", str(tmp_path)])
     assert held == [True, True]
 
@@ -105,12 +110,7 @@ def interrupt_at(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int)
             if state.global_step == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    trainer = recipe.AttentionDropTrainer
-    monkeypatch.setattr(
-        recipe,
-        "AttentionDropTrainer",
-        lambda callbacks, **options: trainer(callbacks=[*callbacks, Interrupt()], **options),
-    )
+    add_callback(recipe, monkeypatch, Interrupt())
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,22 @@ def test_a_resumed_run_says_which_steps_it_reports(
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "image_classification", "text_classification"])
-def test_the_trained_model_is_evaluated_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_the_trained_model_is_evaluated_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     recipe = load(name, monkeypatch)
-    flags = ["--max_steps", "1", *QUICK, "--eval_strategy", "steps", "--eval_steps", "1"]
-    recipe.main([*flags, "--output_dir", str(tmp_path)])
-    assert capsys.readouterr().out.count("'eval_loss'") == 1
-    assert read(tmp_path)["eval_loss"] > 0
+    evaluated = []
+
+    class Count(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            evaluated.append((state.global_step, kwargs["metrics"]["eval_loss"]))
+
+    add_callback(recipe, monkeypatch, Count())
+    flags = [*QUICK, "--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
+    recipe.main(["--max_steps", "2", *flags])
+    assert evaluated == [(2, read(tmp_path)["eval_loss"])]
+    # Where training ends behind the last evaluation, the weights are others.
+    recipe.main(["--max_steps", "3", *flags, "--overwrite_output_dir"])
+    assert [step for step, _ in evaluated] == [2, 2, 3]
+    assert read(tmp_path)["eval_loss"] == evaluated[-1][1]
 
 
 def test_images_have_a_trivial_baseline(
