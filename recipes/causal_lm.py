@@ -22,6 +22,17 @@ Attention that learns its scale, a sink or a gate, from scratch as in its paper,
 `--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
+import sys
+
+
+try:
+    import shared
+
+    shared.check_installed("peft")
+except ModuleNotFoundError:
+    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    sys.exit(2)
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -19,6 +19,17 @@ Pairs of texts from the Hub, with a heavier consistency term:
 model's ordinary dropout alone, which makes the term that of R-Drop. `--help` lists every argument.
 """
 
+import sys
+
+
+try:
+    import shared
+
+    shared.check_installed("sklearn", "tokenizers")
+except ModuleNotFoundError:
+    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    sys.exit(2)
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

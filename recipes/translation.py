@@ -21,6 +21,17 @@ A data set from the Hub, with R-Drop as it was published for translation, which 
 `--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
 """
 
+import sys
+
+
+try:
+    import shared
+
+    shared.check_installed("babel", "sacrebleu", "tokenizers")
+except ModuleNotFoundError:
+    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    sys.exit(2)
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
