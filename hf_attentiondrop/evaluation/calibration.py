@@ -59,8 +59,13 @@ class ReliabilityBins:
 
     @property
     def maximum_error(self) -> float:
-        """The largest gap."""
+        """The largest gap. That of a bin with few items is large by chance: see `maximum_error_items`."""
         return self.gap.max().item()
+
+    @property
+    def maximum_error_items(self) -> int:
+        """Number of items in the bin with the largest gap."""
+        return int(self.count[self.gap.argmax()])
 
 
 def _as_scores(logits: Tensor | ItemScores, labels: Tensor | None) -> ItemScores:
@@ -134,6 +139,9 @@ def maximum_calibration_error(
 ) -> float:
     """The largest distance between confidence and accuracy in a bin, in [0, 1].
 
+    Every bin counts, however few items it holds, so that one unlucky item alone in its bin decides. Look at
+    `reliability(...).maximum_error_items`, and take fewer bins, or bins of equal mass, where it is small.
+
     Args and errors are those of [`reliability`].
 
     Source: arXiv 1706.04599, equation 5.
@@ -172,7 +180,8 @@ def calibration_metrics(
 
     Returns:
         `dict`: `expected_calibration_error`, `expected_calibration_error_equal_mass`, `maximum_calibration_error` (of
-        equal width), `negative_log_likelihood` and `brier_score`.
+        equal width), `maximum_calibration_error_items`, the number of items in the bin with that error,
+        `negative_log_likelihood` and `brier_score`.
     """
     scores = _as_scores(logits, labels)
     bins = reliability(scores, num_bins=num_bins)
@@ -182,6 +191,7 @@ def calibration_metrics(
             scores, num_bins=num_bins, binning="equal_mass"
         ),
         "maximum_calibration_error": bins.maximum_error,
+        "maximum_calibration_error_items": bins.maximum_error_items,
         "negative_log_likelihood": negative_log_likelihood(scores),
         "brier_score": brier_score(scores),
     }

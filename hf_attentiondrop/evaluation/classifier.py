@@ -184,7 +184,8 @@ def save_plots(
         part = stack.removesuffix("attentions").strip("_")
         name = f"{part}_attention_entropy".lstrip("_")
         title = "cross-attention" if part == "cross" else part and f"the {part}"
-        figures[name] = plots.attention_entropy_map(measured.entropy, title, num_queries=measured.queries)
+        uniform = measured.uniform_entropy.max().item()
+        figures[name] = plots.attention_entropy_map(measured.entropy, title, uniform, measured.queries)
     if any("loss" in entry for entry in log_history):
         figures["training"] = plots.training_curves(log_history)
     paths = {name: Path(folder) / PLOTS_FOLDER / f"{name}.png" for name in figures}

@@ -38,6 +38,8 @@ class AttentionStatistics:
         top_k_mass: share of the `top_k` largest weights, in [0, 1].
         total_mass: sum of the weights: 1 under softmax, less beside a learned sink, the moving average of the scales
             under affine scaling.
+        uniform_entropy: `(layers,)`, the entropy of attention spread evenly over the keys that each query sees, those
+            that some head gives a weight: what `entropy` is at most.
         top_k: how many weights `top_k_mass` counts.
         queries: how many queries the means of the first layer are over.
         samples: how many samples those are of.
@@ -47,6 +49,7 @@ class AttentionStatistics:
     first_token_mass: Tensor
     top_k_mass: Tensor
     total_mass: Tensor
+    uniform_entropy: Tensor
     top_k: int
     queries: int
     samples: int
@@ -120,8 +123,11 @@ def attention_statistics(
         means = [total / count for total, count in zip(layers, counts[name], strict=True)]
         # Layers of one stack may differ in their numbers of heads.
         measures = pad_sequence([mean.mT for mean in means], batch_first=True, padding_value=math.nan)
+        *of_heads, uniform = measures.unbind(-1)
         queries = int(counts[name][0])
-        statistics[name] = AttentionStatistics(*measures.unbind(-1), top_k=top_k, queries=queries, samples=samples)
+        statistics[name] = AttentionStatistics(
+            *of_heads, uniform_entropy=uniform[:, 0], top_k=top_k, queries=queries, samples=samples
+        )
     return statistics
 
 
@@ -155,7 +161,7 @@ def _attentions_of(model: nn.Module, outputs: Any) -> dict[str, tuple[Tensor, ..
 
 
 def _measure(name: str, weights: Tensor, batch: Mapping[str, Any], top_k: int) -> tuple[Tensor, int]:
-    """Sums of the measures over the real queries, `(4, heads)`, and how many queries those are."""
+    """Sums of the measures over the real queries, `(5, heads)`, and how many queries those are."""
     if not weights.isfinite().all():
         raise ValueError(f"`{name}` holds weights that are not finite: the model's outputs are broken already.")
     queries, keys = (
@@ -164,11 +170,13 @@ def _measure(name: str, weights: Tensor, batch: Mapping[str, Any], top_k: int) -
     magnitude = weights.double().abs()
     shares = magnitude / magnitude.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     first = keys.int().argmax(dim=-1).view(-1, 1, 1, 1).expand(*shares.shape[:-1], 1)
+    seen = (magnitude > 0).sum(dim=-1).amax(dim=1, keepdim=True).clamp_min(1)
     measures = (
         torch.special.entr(shares).sum(dim=-1),
         shares.gather(-1, first).squeeze(-1),
         shares.topk(min(top_k, shares.shape[-1])).values.sum(dim=-1),
         weights.double().sum(dim=-1),
+        seen.double().log().expand(shares.shape[:-1]),
     )
     sums = torch.stack([(measure * queries[:, None]).sum(dim=(0, 2)) for measure in measures])
     return sums.cpu(), int(queries.sum())

@@ -180,7 +180,8 @@ def attention_entropy_map(
         entropy (`array` of shape `(layers, heads)`): in nats, NaN for a head that a layer does not have.
         stack (`str`, *optional*): name of the stack, such as `"encoder_self"`.
         uniform_entropy (`float`, *optional*):
-            Entropy of attention that is spread evenly, the upper end of the colours; the largest value by default.
+            Entropy of attention that is spread evenly over `K` keys, `log K`. Marked on the scale of colours, and
+            is its end unless a value is larger.
         num_queries (`int`, *optional*): number of queries that the entropies are means over.
 
     Raises:
@@ -199,9 +200,12 @@ def attention_entropy_map(
     layers, heads = values.shape
     figure = _figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
     axes = figure.subplots()
-    top = uniform_entropy or there.max() or 1.0
+    top = max(uniform_entropy or 0.0, there.max()) or 1.0
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-    figure.colorbar(image, ax=axes, label="entropy (nats)")
+    bar = figure.colorbar(image, ax=axes, label="entropy (nats)").ax
+    if uniform_entropy is not None:
+        bar.axhline(uniform_entropy, color=VERMILION, linewidth=3)
+        bar.set_title(f"uniform\n{uniform_entropy:.2f}", color=VERMILION, fontsize=8)
     axes.set(xlabel="head", ylabel="layer")
     about = f" of {stack}" if stack else ""
     if num_queries is not None:
@@ -211,16 +215,8 @@ def attention_entropy_map(
     axes.set_yticks(range(0, layers, 1 + layers // 25))
     if heads <= MAX_NUMBERED_HEADS:
         for (layer, head), value in np.ndenumerate(values):
-            color = "black" if value > 0.55 * top else "white"
-            axes.text(
-                head,
-                layer,
-                "" if np.isnan(value) else f"{value:.2f}",
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=8,
-            )
+            color, text = "black" if value > 0.55 * top else "white", "" if np.isnan(value) else f"{value:.2f}"
+            axes.text(head, layer, text, ha="center", va="center", color=color, fontsize=8)
     return figure
 
 

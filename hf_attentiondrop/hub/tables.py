@@ -20,6 +20,7 @@ METRIC_TITLES = {
     "expected_calibration_error": "Expected calibration error",
     "expected_calibration_error_equal_mass": "Expected calibration error, bins of equal mass",
     "maximum_calibration_error": "Maximum calibration error",
+    "maximum_calibration_error_items": "Items in the bin with that error",
     "negative_log_likelihood": "Negative log-likelihood (nats)",
     "brier_score": "Brier score",
     "entropy": "Entropy (nats)",

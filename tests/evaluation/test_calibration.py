@@ -23,6 +23,7 @@ from hf_attentiondrop.evaluation.calibration import (
     reliability,
 )
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
+from hf_attentiondrop.hub import CardContent, build_card
 from tests.models import VOCAB_SIZE, build
 
 
@@ -35,6 +36,7 @@ BY_HAND = {
     # Fifteen bins for three items: the .8s are equal and stay together.
     "expected_calibration_error_equal_mass": (0.1 + 2 * 0.3) / 3,
     "maximum_calibration_error": 0.3,
+    "maximum_calibration_error_items": 2,
     "negative_log_likelihood": -(math.log(0.9) + math.log(0.2) + math.log(0.8)) / 3,
     "brier_score": (0.1**2 + 0.1**2 + 0.8**2 + 0.8**2 + 0.2**2 + 0.2**2) / 3,
 }
@@ -294,3 +296,13 @@ def test_bad_options_are_refused() -> None:
         expected_calibration_error(logits, labels, binning="equal")
     with pytest.raises(ValueError, match="labels"):
         brier_score(logits)
+
+
+def test_the_maximum_error_comes_with_the_items_of_its_bin() -> None:
+    # One unlucky item of confidence .5 among a hundred of .9, of which 90 are right.
+    confidence = torch.tensor([0.5] + [0.9] * 100)
+    bins = reliability(items_of(confidence, torch.tensor([0.0] + [1.0] * 90 + [0.0] * 10)))
+    assert bins.maximum_error == pytest.approx(0.5) and bins.maximum_error_items == 1
+    metrics = calibration_metrics(items_of(confidence, torch.tensor([0.0] + [1.0] * 90 + [0.0] * 10)))
+    text = build_card(CardContent("n", "BertModel", "not trained", metrics={"calibration": metrics})).text
+    assert "| Maximum calibration error | 0.5 |\n| Items in the bin with that error | 1 |" in text

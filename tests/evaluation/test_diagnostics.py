@@ -86,6 +86,17 @@ def test_statistics_are_those_of_the_weights(implementation: str, mask: Tensor, 
         assert statistics.total_mass.numpy() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_the_entropy_of_uniform_attention_counts_the_keys_that_queries_see() -> None:
+    batch = {"input_ids": IDS, "attention_mask": RIGHT}
+    # A real token of a causal model sees itself and those before it.
+    seen = [position + 1 for length in RIGHT.sum(-1).tolist() for position in range(length)]
+    expected = sum(map(math.log, seen)) / len(seen)
+    for implementation in ("eager", "affine_scaled"):
+        statistics = attention_statistics(llama(implementation), [batch])["attentions"]
+        assert statistics.uniform_entropy.tolist() == pytest.approx([expected] * 2)
+        assert (statistics.entropy <= statistics.uniform_entropy[:, None] + 1e-9).all()
+
+
 def test_several_batches_are_one(  # Of unequal size, so that a mean of means would differ.
 ) -> None:
     model = llama()

@@ -146,6 +146,16 @@ def test_the_entropy_map_shows_layers_down_and_heads_across() -> None:
     assert "encoder_self (n = 4 queries)" in text_of(figure) and "nats" in text_of(figure)
 
 
+def test_the_entropy_map_marks_uniform_attention() -> None:
+    figure = attention_entropy_map([[0.5, 1.0]], uniform_entropy=2.0)
+    (mark,) = figure.axes[1].get_lines()
+    assert list(mark.get_ydata()) == [2.0, 2.0] and "uniform\n2.00" in text_of(figure)
+    assert figure.axes[0].get_images()[0].get_clim() == (0, 2)
+    # Entropies of several layers may exceed the value of one.
+    assert attention_entropy_map([[0.5, 3.0]], uniform_entropy=2.0).axes[0].get_images()[0].get_clim() == (0, 3)
+    assert "uniform" not in text_of(attention_entropy_map([[0.5, 1.0]]))
+
+
 def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
     digits = load_digits()
     data = [
