@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .recipe_runs import RECIPES, ROOT, run
+from .recipe_runs import RECIPES, ROOT, load, run
 
 
 RECIPE = RECIPES / "text_classification.py"
@@ -18,7 +18,7 @@ RECIPE = RECIPES / "text_classification.py"
 FLAGS = """
     --max_steps 20 --save_strategy steps --save_steps 3 --save_total_limit 9 --logging_steps 1 --eval_strategy no
     --max_train_samples 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --max_eval_samples 8
-    --disable_tqdm true --consistency_weight 0.5
+    --disable_tqdm true --consistency_weight 0.5 --num_hidden_layers 2
 """.split()
 STATE_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 # Runs a script that kills itself as soon as it has created a file, with nothing in it yet.
@@ -63,10 +63,11 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only what is killed needs a process of its own.
+    recipe = load(RECIPE.stem, monkeypatch)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    result = run(RECIPE, *FLAGS, "--output_dir", whole)
-    assert result.returncode == 0, result.stderr
+    recipe.main([*FLAGS, "--output_dir", str(whole)])
 
     # While it saves, which leaves checkpoints that are not to be resumed from: at their beginning and at their end.
     kill_writing("checkpoint-9/config.json", killed)
@@ -75,8 +76,7 @@ def test_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path: Path) ->
     kill_after(5, killed, "--resume_from_checkpoint")
     assert (killed / "checkpoint-12" / "trainer_state.json").stat().st_size > 0
     assert not (killed / "model.safetensors").exists()
-    result = run(RECIPE, *FLAGS, "--output_dir", killed, "--resume_from_checkpoint")
-    assert result.returncode == 0, result.stderr
+    recipe.main([*FLAGS, "--output_dir", str(killed), "--resume_from_checkpoint"])
 
     # The log tells at which step the runs part, should they do so.
     assert [entry["step"] for entry in log(whole)] == list(range(1, 21))
