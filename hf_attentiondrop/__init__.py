@@ -19,7 +19,7 @@ from .reweighting_configuration import (  # noqa: E402
     AttentionSinkConfig,
     GatedAttentionConfig,
 )
-from .settings import configure, set_base_attention  # noqa: E402
+from .settings import configure, set_base_attention, set_scheduled_value  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ __all__ = [
     "consistency_loss",
     "report",
     "set_base_attention",
+    "set_scheduled_value",
 ]
 
 

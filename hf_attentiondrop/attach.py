@@ -48,9 +48,9 @@ def settle_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
     elif own is not None:
         if not any(sub_config._attn_implementation == own.method for sub_config in sub_configs):
             raise ValueError(
-                f"The config has learned attention weights, {own!r}, and the model was asked for "
-                f"attn_implementation={method!r}, which would leave them out: its outputs would silently be wrong. "
-                f"Load it with attn_implementation={own.method!r}, or without that argument; the base model's own "
+                f"The config has learned attention weights, {own!r}, and attn_implementation={method!r} would leave "
+                "them out: the outputs of the model would silently be wrong. Load it with attn_implementation="
+                f"{own.method!r}; a checkpoint that was saved with such weights names it itself. The base model's own "
                 f"checkpoint, without a `{REWEIGHTING_KEY}` entry, takes any implementation."
             )
         config.attention_reweighting = None
@@ -74,7 +74,8 @@ def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     for module in modules:
         _refuse_undescribed_weights(model, module)
     sites = [module.attention_drop_site for module in modules]
-    check_selection(model, REWEIGHTING_KEY, [(site, site.config.attention_reweighting) for site in sites])
+    selections = [(site, site.config.attention_reweighting) for site in sites]
+    check_selection(type(model).__name__, REWEIGHTING_KEY, selections)
     for module in modules:
         _refuse_other_weights(model, module)
     new = [module for module in modules if not hasattr(module, "reweighting")]
@@ -135,8 +136,8 @@ def _refuse_undescribed_weights(model: nn.Module, module: nn.Module) -> None:
     """Refuses a module that is to learn, or has learned, what no config of the whole model describes."""
     if module.attention_drop_site.config.attention_reweighting is None:
         raise ValueError(
-            f"A {type(module).__name__} of {type(model).__name__} runs {module.config._attn_implementation!r}, and the "
-            f"config of the whole model has no `{REWEIGHTING_KEY}` for it: a checkpoint would reload without the "
+            f"A {type(module).__name__} of {type(model).__name__} runs {module.config._attn_implementation!r}, and "
+            f"the config of the whole model has no `{REWEIGHTING_KEY}` for it: a checkpoint would reload without the "
             "learned weights. Ask the whole model for that attn_implementation."
         )
 

@@ -111,6 +111,12 @@ def reweighted_attention_forward(
     return module.reweighting(reweighting_states, call, attend)
 
 
+def runs_attention_drop(module: nn.Module) -> bool:
+    """Whether AttentionDrop governs a module that has its site: always under its own name, else where configured."""
+    is_configured = hasattr(module, "reweighting") and module.attention_drop_site.is_configured
+    return module.config._attn_implementation == NAME or is_configured
+
+
 def _call(module: nn.Module, *arguments: Any) -> AttentionCall:
     site = getattr(module, "attention_drop_site", None)
     return AttentionCall(module, *arguments, base=SDPA if site is None else site.base)

@@ -1,12 +1,10 @@
-"""The configuration of AttentionDrop, and its place in every Transformers config."""
+"""The configuration of AttentionDrop."""
 
 import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
-
-from transformers import PreTrainedConfig
 
 from .functional import FILLS
 
@@ -211,69 +209,6 @@ class AttentionDropConfig(Configuration):
         """
         names = FIELDS_OF_VARIANTS[self.variant]
         return " ".join([self.variant, *(f"{name}={getattr(self, name)}" for name in names)])
-
-
-class ConfigEntry:
-    """Makes a configuration a first-class entry of every Transformers config.
-
-    The value lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and
-    stock Transformers carries it along unread. Being a data descriptor it also makes `from_pretrained(..., key=...)`
-    reach the config. Reading it gives a [`Configuration`], or `None` where nothing was set.
-
-    Args:
-        key: the name of the entry.
-        parse: makes the configuration of an object or a dict.
-    """
-
-    def __init__(self, key: str, parse: Callable[[Any], Configuration]) -> None:
-        self.key, self.parse = key, parse
-
-    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Configuration | None:
-        value = None if config is None else config.__dict__.get(self.key)
-        return None if value is None else self.parse(value)
-
-    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
-        if value is None:
-            config.__dict__.pop(self.key, None)
-        else:
-            config.__dict__[self.key] = self.parse(value).to_dict()
-
-    def register(self) -> None:
-        """Adds the entry to [`~transformers.PreTrainedConfig`].
-
-        Raises:
-            RuntimeError: if something else already put an attribute of that name there.
-        """
-        existing = PreTrainedConfig.__dict__.get(self.key)
-        if existing is not None and not isinstance(existing, ConfigEntry):
-            raise RuntimeError(
-                f"`PreTrainedConfig.{self.key}` already exists ({existing!r}), put there by another package: two "
-                "owners of one key in config.json would overwrite each other. Import only one of them in this process."
-            )
-        setattr(PreTrainedConfig, self.key, self)
-
-
-class SharedConfigEntry(ConfigEntry):
-    """An entry that a composite config shares with its sub-configs, since a module reads the one of its own model."""
-
-    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
-        super().__set__(config, value)
-        # While a config is being restored from its file the sub-configs bring their own values, which a saved
-        # difference between them must survive.
-        is_restoring = "_post_init_done" not in config.__dict__
-        for name in config.sub_configs:
-            sub_config = getattr(config, name, None)
-            if isinstance(sub_config, PreTrainedConfig) and not (is_restoring and getattr(sub_config, self.key)):
-                setattr(sub_config, self.key, value)
-
-
-def register_config_entry() -> None:
-    """Adds the entry `attention_drop` to [`~transformers.PreTrainedConfig`].
-
-    Raises:
-        RuntimeError: if something else already put an attribute of that name there.
-    """
-    SharedConfigEntry(CONFIG_KEY, AttentionDropConfig.from_dict).register()
 
 
 def is_integer(value: Any) -> bool:

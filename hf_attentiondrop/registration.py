@@ -12,7 +12,8 @@ from transformers.masking_utils import sdpa_mask
 
 from .attach import attach, record_implementations, refuse_to_leave, reset_missing, settle_entries
 from .attention import NAME
-from .configuration import CONFIG_KEY, register_config_entry
+from .config_entries import accept_given_entries, refuse_given_entries, register_config_entry
+from .configuration import CONFIG_KEY
 from .implementations import (
     FUNCTIONS,
     is_known,
@@ -108,10 +109,15 @@ def _complete_construction(self: PreTrainedModel, original: Any) -> None:
     """Prepares a whole model, now that the modules are there."""
     original(self)
     is_ours = uses_any(self.config) or any(config.attention_reweighting for config in configs_of(self.config))
-    if is_ours and not _is_part_of_a_model_being_built(self):
+    if _is_part_of_a_model_being_built(self):
+        return
+    if is_ours:
         with whole_or_nothing(self):
             _activate(self)
         record_implementations(self.config)
+        _introduce_sites(self)
+    else:
+        refuse_given_entries(type(self).__name__, configs_of(self.config))
 
 
 def _initialize_learned_weights(self: PreTrainedModel, original: Any) -> None:
@@ -141,6 +147,7 @@ def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dic
         if uses_any(self.config):
             _activate(self)
     record_implementations(self.config)
+    _introduce_sites(self)
 
 
 # Methods of `PreTrainedModel`, and what is put around them.
@@ -176,6 +183,7 @@ def _activate(model: PreTrainedModel) -> None:
         ValueError: if it cannot run that.
     """
     settle_entries(model.config)
+    accept_given_entries(configs_of(model.config))
     for part in _parts(model):
         if part.config._attn_implementation in FUNCTIONS:
             refuse_unsupported_class(type(part), part.config._attn_implementation)
@@ -186,10 +194,18 @@ def _activate(model: PreTrainedModel) -> None:
     asked = next(name for name in names if name in FUNCTIONS)
     refuse_unsupported_modules(model, [module for module, _ in running], asked)
     perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
-    check_selection(model, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
+    check_selection(type(model).__name__, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
     refuse_capped_blur(model, _sites(perturbed))
     if learned := [module for module, name in running if name in REWEIGHTINGS]:
         attach(model, learned)
+
+
+def _introduce_sites(model: PreTrainedModel) -> None:
+    """Tells the sites of what runs an implementation of this package of each other."""
+    running = [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+    peers = _sites(running)
+    for site in peers:
+        site.peers = peers
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[AttentionSite]:

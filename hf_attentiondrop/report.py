@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .attention import NAME
+from .attention import runs_attention_drop
 from .settings import transformers_models
 from .sites import SDPA, attention_dropout, attention_modules
 
@@ -21,6 +21,7 @@ class ReportRow:
         layer: its layer within its stack.
         implementation: the attention implementation it runs, and the base attention below if that is not SDPA.
         applied: what happens to it in training, in words; empty for nothing.
+        scheduled: the `p` or `sigma_max` that a schedule set it to; `None` for the configured one.
         calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
         reweighting: what learned weights are attached to it, in words; empty for none.
         needs_score_matrix: whether attention dropout, which FlexAttention has not, makes it hold all scores on CUDA.
@@ -34,6 +35,7 @@ class ReportRow:
     calls: int
     reweighting: str = ""
     needs_score_matrix: bool = False
+    scheduled: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Report:
         table = [("module", "kind", "layer", "implementation", "in training", "calls", "reweighting")]
         for row in self.rows:
             place = (row.name, row.kind, str(row.layer), row.implementation)
-            table.append((*place, row.applied or "-", str(row.calls), row.reweighting or "-"))
+            applied = row.applied or "-"
+            if row.scheduled is not None:
+                applied += f" (now {row.scheduled:.4g})"
+            table.append((*place, applied, str(row.calls), row.reweighting or "-"))
         reweighted = sum(bool(row.reweighting) for row in self.rows)
         if not reweighted:
             table = [line[:-1] for line in table]
@@ -109,8 +114,7 @@ def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
             yield ReportRow(prefix + name, "-", -1, implementation, "", 0)
             continue
         reweighting = getattr(module, "reweighting", None)
-        is_perturbed = implementation == NAME or (hasattr(module, "reweighting") and site.is_configured)
-        drop = site.perturbation if is_perturbed else None
+        drop = site.perturbation if runs_attention_drop(module) else None
         yield ReportRow(
             prefix + name,
             site.kind,
@@ -120,4 +124,5 @@ def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
             calls=int(site.calls),
             reweighting="" if reweighting is None else reweighting.summary,
             needs_score_matrix=drop is not None and drop.variant == "hard" and attention_dropout(module) > 0,
+            scheduled=None if drop is None else site.scheduled,
         )

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .configuration import ATTENTION_KINDS, ConfigEntry, Configuration, is_number
+from .config_entries import ConfigEntry
+from .configuration import ATTENTION_KINDS, Configuration, is_number
 from .functional import ACTIVATIONS, BIAS_LENGTHS, INITS
 
 

@@ -1,14 +1,17 @@
 """What can be changed of a model that is loaded already."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME
-from .configuration import CONFIG_KEY, AttentionDropConfig
+from .attention import NAME, runs_attention_drop
+from .config_entries import accept_given_entries, attention_drop_of
+from .configuration import CONFIG_KEY, FIELDS_OF_VARIANTS, AttentionDropConfig
 from .kernels import can_be_base, serves_cross_attention
 from .parts import configs_of
 from .registration import FUNCTIONS
@@ -16,15 +19,25 @@ from .sites import SDPA, AttentionSite, attention_modules, check_selection, plac
 from .switching import whole_or_nothing
 
 
+logger = logging.getLogger(__name__)
+
+
 def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None:
     """Changes what AttentionDrop does to a model that is loaded already, from its next forward pass on.
 
+    The new configuration replaces the earlier one, as an `attention_drop` given to `from_pretrained` replaces that of
+    the checkpoint: `layers=[3]` after `layers=[0]` perturbs layer 3 alone, and a field that the new one does not name
+    goes back to its default, a dict's as well as an object's. A warning names the fields that this changes. To keep
+    them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
+
+    To vary `p` or `sigma_max` in the course of training, use [`set_scheduled_value`]: what is configured here ends up
+    in config.json.
+
     Args:
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
-            wrapper around one (PEFT, DDP). A compiled one is not compiled anew for another `p` or `sigma_max`, so
-            that they can be scheduled.
+            wrapper around one (PEFT, DDP). A compiled one is not compiled anew for another `p` or `sigma_max`.
         drop: an [`AttentionDropConfig`] or a dict of its fields. It is written to the model's config, sub-configs
-            included.
+            included, and ends a schedule.
 
     Raises:
         ValueError: if no part of the model uses any of them, or the configuration selects what it does not have.
@@ -39,6 +52,7 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
     >>> model.config.attention_drop.variant
     'blur'
     """
+    named = set(drop) if isinstance(drop, Mapping) else set()
     drop = AttentionDropConfig.from_dict(drop)
     bases = _running_models(model, "the configuration")
     with ExitStack() as stack:
@@ -49,16 +63,65 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
             place_sites(base)
             base.config.attention_drop = drop
             sites = _running_sites(base)
-            check_selection(base, CONFIG_KEY, [(site, site.drop) for site in sites])
+            selections = [(site, attention_drop_of(site.config)) for site in sites]
+            check_selection(type(base).__name__, CONFIG_KEY, selections)
             refuse_capped_blur(base, sites)
+        accept_given_entries(config for config, _ in previous)
+    _warn_of_reset_fields([entry for _, entry in previous if entry is not None], drop, named)
     for config, entry in previous:
         # A compiled model compiles anew where it finds another entry, but not where it finds the same with another p.
         if entry is not None:
+            entry.clear()
             entry.update(config.__dict__[CONFIG_KEY])
             config.__dict__[CONFIG_KEY] = entry
     for base in bases:
         for site in _running_sites(base):
+            site.scheduled = None
             site.refresh()
+
+
+def set_scheduled_value(model: Any, value: float | None) -> None:
+    """Sets what a schedule varies, `p` under `variant="hard"` and `sigma_max` under `"blur"`, until it is set again.
+
+    The configuration stays as it is, so config.json tells what was configured, whenever a checkpoint is saved. The
+    value is not part of a checkpoint: a schedule sets it anew from the step at which it resumes. [`report`] shows it
+    beside the configured one. A compiled model is not compiled anew.
+
+    Args:
+        model: a Transformers model that AttentionDrop perturbs, or a wrapper around one (PEFT, DDP).
+        value: of `p` or `sigma_max`, or `None` to go back to the configured one.
+
+    Raises:
+        ValueError: if the value is out of range, or if no part of the model is perturbed.
+        TypeError: if there is no Transformers model in `model`.
+
+    Example:
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, attention_drop={"p": 0.2})
+    >>> model = BertModel._from_config(config, attn_implementation="attentiondrop")
+    >>> for step in range(100):
+    ...     set_scheduled_value(model, 0.2 * min(1.0, step / 50))  # Warm-up over 50 steps.
+    ...     # loss, backward, optimizer step
+    >>> model.config.attention_drop.p
+    0.2
+    """
+    bases = _running_models(model, "a scheduled value")
+    modules = [module for base in bases for module in _running_modules(base)]
+    sites = [module.attention_drop_site for module in modules if runs_attention_drop(module)]
+    drops = {site.drop for site in sites if site.drop.can_act and site.is_selected_by(site.drop)}
+    if not drops:
+        raise ValueError(
+            f"AttentionDrop is not configured for {type(bases[0]).__name__}, or perturbs nothing at any value, so a "
+            "scheduled one would have no effect. Call configure(model, AttentionDropConfig(...)) first; blur takes a "
+            "width above 1."
+        )
+    if value is not None:
+        for drop in drops:
+            # Raises for a value that is out of range.
+            value = getattr(replace(drop, **{drop.scheduled_field: value}), drop.scheduled_field)
+    for site in sites:
+        site.schedule(value)
 
 
 def set_base_attention(model: Any, attn_implementation: str) -> None:
@@ -146,12 +209,30 @@ def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
 
 
 def _running_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+    """The modules that run an implementation of this package, copied modules included; all have their site."""
+    running = [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+    if any(not hasattr(module, "attention_drop_site") for module in running):
+        place_sites(model)
+    return running
 
 
 def _running_sites(model: PreTrainedModel) -> list[AttentionSite]:
-    """Those of the modules that run an implementation of this package, copied modules included."""
-    modules = _running_modules(model)
-    if any(not hasattr(module, "attention_drop_site") for module in modules):
-        place_sites(model)
-    return [module.attention_drop_site for module in modules]
+    return [module.attention_drop_site for module in _running_modules(model)]
+
+
+def _warn_of_reset_fields(entries: list[dict[str, Any]], drop: AttentionDropConfig, named: set[str]) -> None:
+    """Warns of fields that go back to their defaults without being named: whoever left them out may want them kept."""
+    new, defaults = drop.to_dict(), AttentionDropConfig().to_dict()
+    unused = {name for names in FIELDS_OF_VARIANTS.values() for name in names} - {*FIELDS_OF_VARIANTS[drop.variant]}
+    reset = {
+        name: entry[name]
+        for entry in entries
+        for name in new.keys() - named - unused
+        if entry.get(name, defaults[name]) != new[name] == defaults[name]
+    }
+    if reset:
+        changes = ", ".join(f"{name} from {reset[name]!r} to {defaults[name]!r}" for name in new if name in reset)
+        logger.warning(
+            f"configure: the new configuration replaces the earlier one and sets what it leaves out to the defaults: "
+            f"{changes}. To keep a value, name it, or change a copy of model.config.attention_drop."
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .config_entries import attention_drop_of
 from .configuration import CONFIG_KEY, AttentionDropConfig, Configuration
 from .parts import holders_of
 from .places import kind_of, positions_of
@@ -50,7 +51,10 @@ class AttentionSite:
         base: the attention implementation that computes the base attention.
         softcap: what the module caps its scores by; `None` if it does not.
         strength: the `p` or `sigma_max` that governs the module now.
+        scheduled: what a schedule set it to; `None` for the configured value.
         governor: a weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
+        owner: the class of the whole model.
+        peers: the sites of that model which run, this one included: an entry is right or wrong for all of them.
 
     `calls` and `strength` are tensors, because numbers would be constants to `torch.compile`: it would compile anew
     when they change.
@@ -68,7 +72,10 @@ class AttentionSite:
     base: str = SDPA
     softcap: float | None = None
     strength: torch.Tensor = field(default_factory=lambda: _number(torch.float64))
+    scheduled: float | None = None
     governor: Callable[[], PreTrainedModel | None] | None = None
+    owner: str = ""
+    peers: "list[AttentionSite]" = field(default_factory=list, repr=False)
     _entry: dict | None = None
     _drop: AttentionDropConfig | None = None
     _is_active: bool = False
@@ -79,7 +86,7 @@ class AttentionSite:
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionSite":
         governor = None if self.governor is None else self.governor()
         is_alone = governor is not None and id(governor) not in memo
-        other = object.__new__(type(self))
+        other = memo[id(self)] = object.__new__(type(self))  # Known to its peers, which are copied on the way.
         for name, value in self.__getstate__().items():
             is_shared = is_alone and name not in ("calls", "strength")
             other.__dict__[name] = value if is_shared else copy.deepcopy(value, memo)
@@ -101,16 +108,31 @@ class AttentionSite:
     def drop(self) -> AttentionDropConfig:
         """The configuration that governs the module, the defaults if none was set."""
         # Parsing is for once, not for every forward pass: an entry is replaced, or changed by `configure`.
-        if self._drop is None or self._entry is not self.config.__dict__.get(CONFIG_KEY):
+        if not self.is_current:
+            check_peers(self)
+            if self._drop is not None:
+                self.scheduled = None  # It belonged to the old entry, perhaps to another variant.
             self.refresh()
         return self._drop
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what was taken over from the config's entry still is what it holds."""
+        return self._drop is not None and self._entry is self.config.__dict__.get(CONFIG_KEY)
 
     def refresh(self) -> None:
         """Takes over what the config's entry holds now."""
         self._entry = self.config.__dict__.get(CONFIG_KEY)
-        self._drop = AttentionDropConfig.from_dict(self._entry or {})
-        self._is_active = self._drop.is_active
-        self.strength.fill_(self._drop.strength)
+        self._drop = attention_drop_of(self.config)
+        self.schedule(self.scheduled)
+
+    def schedule(self, value: float | None) -> None:
+        """Sets `strength` to a value, or with `None` to the configured one."""
+        drop = self.drop
+        self.scheduled = value
+        # At a scheduled zero the module stays active: a compiled model would compile anew for every change.
+        self._is_active = drop.is_active if value is None else drop.can_act
+        self.strength.fill_(drop.strength if value is None else value)
 
     @property
     def perturbation(self) -> AttentionDropConfig | None:
@@ -168,17 +190,16 @@ def place_sites(model: PreTrainedModel) -> None:
             site = previous  # A compiled model compiles anew for another site.
         elif previous is not None:
             site.calls, site.base = previous.calls, previous.base
-        site.governor = weakref.ref(holders[name].owner)
+            site.scheduled = previous.scheduled if previous.is_current else None
+        site.governor, site.owner = weakref.ref(holders[name].owner), type(model).__name__
         module.attention_drop_site = site
 
 
-def check_selection(
-    model: PreTrainedModel, key: str, selections: Iterable[tuple[AttentionSite, Configuration]]
-) -> None:
+def check_selection(owner: str, key: str, selections: Iterable[tuple[AttentionSite, Configuration]]) -> None:
     """Refuses a configuration that names layers or attentions which the model does not have.
 
     Args:
-        model: the whole model.
+        owner: the class of the whole model.
         key: the config entry that holds the configurations.
         selections: the sites of a model that the entry governs, each with its configuration.
 
@@ -193,7 +214,7 @@ def check_selection(
         for layer in config.layers or ():
             if not any(-length <= layer < length for length in lengths.values()):
                 raise ValueError(
-                    f"`{key}` names layer {layer}, and {type(model).__name__} has no such layer: it would "
+                    f"`{key}` names layer {layer}, and {owner} has no such layer: it would "
                     "have no effect. Layers count from 0 within each stack, or from the end if negative; the "
                     f"stacks are {lengths}."
                 )
@@ -201,9 +222,20 @@ def check_selection(
             kinds = sorted({site.kind for site in sites})
             raise ValueError(
                 f"`{key}` selects attentions={list(config.attentions)} in layers={config.layers}, and no "
-                f"attention of {type(model).__name__} matches: nothing would happen. Its attentions are "
+                f"attention of {owner} matches: nothing would happen. Its attentions are "
                 f"{kinds}, its stacks {lengths}."
             )
+
+
+def check_peers(site: AttentionSite) -> None:
+    """Refuses an entry that was assigned to the config of a built model, as the model would have been refused.
+
+    Raises:
+        ValueError: as [`check_selection`].
+    """
+    configured = [peer for peer in site.peers if peer.is_configured]
+    if site.is_configured and configured:
+        check_selection(site.owner, CONFIG_KEY, [(peer, attention_drop_of(peer.config)) for peer in configured])
 
 
 def refuse_capped_blur(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> None:

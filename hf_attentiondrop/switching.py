@@ -19,17 +19,21 @@ def whole_or_nothing(model: PreTrainedModel) -> Iterator[None]:
     modules = [holder.module for holder in holders_of(model)]
     configs = {id(config): config for config in [*configs_of(model.config), *(module.config for module in modules)]}
     entries = [(config, dict(config.__dict__)) for config in configs.values()]
-    sites = [(module, module.__dict__.get("attention_drop_site")) for module in modules]
+    sites = {module: module.__dict__.get("attention_drop_site") for module in modules}
+    states = [(site, dict(site.__dict__), site.strength.clone()) for site in sites.values() if site is not None]
     try:
         yield
     except BaseException:
         for config, before in entries:
             config.__dict__.clear()
             config.__dict__.update(before)
-        for module, site in sites:
+        for module, site in sites.items():
             module.__dict__.pop("attention_drop_site", None)
             if site is not None:
                 module.attention_drop_site = site
+        for site, before, strength in states:
+            site.__dict__.update(before)
+            site.strength.copy_(strength)
         raise
 
 

@@ -1,0 +1,168 @@
+"""Changes of a loaded model: a new configuration replaces the old one and says so, a schedule leaves it alone."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import CLIPConfig, CLIPModel
+
+from hf_attentiondrop import AttentionDropConfig, configure, report, set_scheduled_value
+
+from .models import build, inputs
+from .test_registration import TINY_CLIP, training_output
+
+
+def test_configure_replaces_and_says_what_it_resets(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("bert")
+    configure(model, {"p": 0.3, "k": 2, "layers": [0]})
+    assert not caplog.records, "nothing was reset"
+    configure(model, {"layers": [1]})
+    assert model.config.attention_drop == AttentionDropConfig(layers=[1])
+    assert [record.getMessage() for record in caplog.records] == [
+        "configure: the new configuration replaces the earlier one and sets what it leaves out to the defaults: "
+        "p from 0.3 to 0.1, k from 2 to 5. To keep a value, name it, or change a copy of model.config.attention_drop."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"layers": [0]}, {"layers": [1]}, []),
+        ({"layers": [0]}, AttentionDropConfig(p=0.2), ["layers from [0] to None"]),
+        ({"variant": "blur", "width": 3}, {"p": 0.2}, ["variant from 'blur' to 'hard'"]),
+        ({"p": 0.3}, {"variant": "blur"}, []),
+        ({"p": 0.3, "attentions": ["encoder_self"]}, {"p": 0.1}, ["attentions from ['encoder_self']"]),
+    ],
+)
+def test_the_warning_names_what_was_left_out(
+    before: Any, after: Any, named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("bert", attention_drop=before)
+    configure(model, after)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(named)
+    assert all(name in message for name, message in zip(named, messages, strict=True))
+
+
+def test_a_copy_keeps_what_it_does_not_change(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("bert", attention_drop={"p": 0.3, "layers": [0]})
+    configure(model, replace(model.config.attention_drop, layers=(0, 1)))
+    assert model.config.attention_drop == AttentionDropConfig(p=0.3, layers=[0, 1])
+    assert not caplog.records
+
+
+def test_configure_reaches_the_sub_configs() -> None:
+    model = CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation="attentiondrop")
+    configure(model, {"p": 0.4})
+    assert {row.applied for row in report(model).rows} == {"hard p=0.4 k=5 fill=mask"}
+
+
+@pytest.mark.parametrize("variant", ["hard", "blur"])
+def test_a_scheduled_value_acts_and_is_not_saved(variant: str, tmp_path: Path) -> None:
+    name = "p" if variant == "hard" else "sigma_max"
+    drop = AttentionDropConfig(variant=variant, **{name: 0.25})
+    model, batch = build("bert", dropout=False, attention_drop=drop), inputs("bert")
+    keys, clean, configured = model.state_dict().keys(), model(**batch).logits, training_output(model, batch)
+    set_scheduled_value(model, 0.9)
+    stronger = build("bert", dropout=False, attention_drop=replace(drop, **{name: 0.9}))
+    assert torch.equal(training_output(model, batch), training_output(stronger, batch))
+    assert model.config.attention_drop == drop and model.state_dict().keys() == keys
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["attention_drop"] == drop.to_dict()
+    set_scheduled_value(model, 0.0)
+    assert torch.allclose(training_output(model, batch), clean, atol=1e-6)
+    assert torch.equal(model.eval()(**batch).logits, clean)
+    set_scheduled_value(model, None)
+    assert torch.equal(training_output(model, batch), configured)
+
+
+def test_a_schedule_can_start_from_zero() -> None:
+    model, batch = build("bert", dropout=False, attention_drop={"p": 0.0}), inputs("bert")
+    clean = training_output(model, batch)
+    set_scheduled_value(model, 0.9)
+    assert not torch.equal(training_output(model, batch), clean)
+    set_scheduled_value(model, None)
+    assert torch.equal(training_output(model, batch), clean) and not report(model).active
+
+
+def test_the_report_shows_the_configured_and_the_scheduled_value() -> None:
+    model = build("bert", attention_drop={"p": 0.3, "layers": [0]})
+    set_scheduled_value(model, 0.05)
+    rows = report(model).rows
+    assert [(row.applied, row.scheduled) for row in rows] == [("hard p=0.3 k=5 fill=mask", 0.05), ("", None)]
+    assert "hard p=0.3 k=5 fill=mask (now 0.05)" in str(report(model))
+    set_scheduled_value(model, None)
+    assert "now" not in str(report(model))
+
+
+def test_a_schedule_survives_a_copy_and_a_switch_and_ends_with_a_new_configuration() -> None:
+    model = build("bert", attention_drop={"p": 0.3})
+    set_scheduled_value(nn.ModuleDict({"inner": model}), 0.05)
+    copied = copy.deepcopy(model)
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("attentiondrop")
+    for scheduled in (model, copied):
+        assert {row.scheduled for row in report(scheduled).rows} == {0.05}
+    with pytest.raises(ValueError, match="no such layer"):
+        configure(model, {"layers": [99]})
+    assert {row.scheduled for row in report(model).rows} == {0.05}, "a refused change must leave the model as it was"
+    configure(model, {"variant": "blur"})
+    copied.config.attention_drop = {"variant": "blur"}
+    for changed in (model, copied):
+        assert {row.scheduled for row in report(changed).rows} == {None}
+        assert {float(module.attention_drop_site.strength) for module in attentions(changed)} == {1.0}
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(row.name) for row in report(model).rows]
+
+
+@pytest.mark.parametrize(
+    ("drop", "value", "message"),
+    [
+        ({}, 1.5, r"`p` must be a probability in \[0, 1\], got 1.5"),
+        ({}, float("nan"), "`p` must be a probability"),
+        ({}, "0.1", "`p` must be a probability"),
+        ({"variant": "blur"}, -1.0, "`sigma_max` must be a finite number >= 0, got -1.0"),
+        ({"variant": "blur", "width": 1}, 1.0, "perturbs nothing at any value.*width above 1"),
+    ],
+)
+def test_a_scheduled_value_that_cannot_act_is_refused(drop: dict, value: Any, message: str) -> None:
+    model = build("bert", attention_drop=drop)
+    with pytest.raises(ValueError, match=message):
+        set_scheduled_value(model, value)
+    assert {row.scheduled for row in report(model).rows} == {None}
+
+
+def test_a_schedule_of_a_model_that_would_ignore_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="so a scheduled value would have no effect"):
+        set_scheduled_value(build("bert", attn_implementation="sdpa"), 0.1)
+    learned = build("bert", attn_implementation="affine_scaled")
+    with pytest.raises(ValueError, match="is not configured for BertForSequenceClassification"):
+        set_scheduled_value(learned, 0.1)
+    configure(learned, {"p": 0.2})
+    set_scheduled_value(learned, 0.1)
+    assert {row.scheduled for row in report(learned).rows} == {0.1}
+
+
+@pytest.mark.parametrize(
+    "drop", [AttentionDropConfig(p=0.5), AttentionDropConfig(variant="blur")], ids=["hard", "blur"]
+)
+def test_a_scheduled_value_does_not_compile_again(drop: AttentionDropConfig) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, batch = build("llama", dropout=False, attention_drop=drop).train(), inputs("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for value in (None, 0.1, 0.9, 0.0, None):
+        set_scheduled_value(model, value)
+        torch.manual_seed(0)
+        wanted = model(**batch).loss
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1, "a scheduled value made the model compile again"
