@@ -14,6 +14,7 @@ from .attach import attach, record_implementations, refuse_to_leave, reset_missi
 from .attention import NAME
 from .config_entries import accept_given_entries, refuse_given_entries, register_config_entry
 from .configuration import CONFIG_KEY
+from .generation import warn_of_training_mode
 from .implementations import (
     FUNCTIONS,
     is_known,
@@ -198,6 +199,7 @@ def _activate(model: PreTrainedModel) -> None:
     refuse_capped_blur(model, _sites(perturbed))
     if learned := [module for module, name in running if name in REWEIGHTINGS]:
         attach(model, learned)
+    warn_of_training_mode(type(model))
 
 
 def _introduce_sites(model: PreTrainedModel) -> None:

@@ -30,11 +30,13 @@ ALLOWED = {
     "switching": {"implementations", "parts"},
     "attach": {"implementations", "parts", "reweighting", "reweighting_configuration", "sites"},
     "support": {"attention"},
+    "generation": {"attention", "sites"},
     "registration": {
         "attach",
         "attention",
         "config_entries",
         "configuration",
+        "generation",
         "implementations",
         "parts",
         "reweighting_configuration",
