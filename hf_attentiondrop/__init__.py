@@ -69,3 +69,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    # For tab completion: what is loaded later belongs to it, and what was imported for use in here does not.
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
