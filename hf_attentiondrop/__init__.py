@@ -3,7 +3,7 @@
 Importing the package registers `"attentiondrop"`, `"affine_scaled"`, `"attention_sink"` and `"gated_attention"`.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__, require_minimum_versions
@@ -68,6 +68,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _LAZY[name] in ("trainer", "training_args") and importlib.util.find_spec("accelerate") is None:
+        raise ImportError(
+            f"{name} builds on Transformers' Trainer, which needs accelerate. Install it with: pip install accelerate"
+        )
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 

@@ -7,7 +7,7 @@ from packaging.version import Version
 
 __version__ = "0.1.0.dev0"
 
-MINIMUM_VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
+MINIMUM_VERSIONS = {"torch": "2.11.0", "transformers": "5.16.0"}
 
 
 def require_minimum_versions() -> None:

@@ -58,7 +58,9 @@ def test_a_copy_keeps_what_it_does_not_change(caplog: pytest.LogCaptureFixture) 
 
 
 def test_configure_reaches_the_sub_configs() -> None:
-    model = CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation="attentiondrop")
+    # Their own entries, from an earlier configuration, must not survive.
+    config = CLIPConfig(**TINY_CLIP, attention_drop={"p": 0.2})
+    model = CLIPModel._from_config(config, attn_implementation="attentiondrop")
     configure(model, {"p": 0.4})
     assert {row.applied for row in report(model).rows} == {"hard p=0.4 k=5 fill=mask"}
 
