@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .attention import NAME
+from .config_entries import attention_drop_of
 from .configuration import AttentionDropConfig
 from .parts import configs_of
 from .registration import FUNCTIONS
@@ -90,6 +91,11 @@ def check(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments.model)
     if arguments.attention_drop is not None:
         config.attention_drop = arguments.attention_drop
+    try:
+        for part in configs_of(config):
+            attention_drop_of(part)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     try:
         model = _build_without_weights(config, arguments.attn_implementation or _own_implementation(config))
     except ValueError as refusal:

@@ -74,6 +74,7 @@ ALLOWED = {
     "reporting": {"evaluation", "hub"},
     "cli": {
         "attention",
+        "config_entries",
         "configuration",
         "evaluation",
         "parts",

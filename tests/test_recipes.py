@@ -27,6 +27,10 @@ QUICK = {name: [*SMALL[name], "--max_steps", "1", "--max_eval_samples", "8"] for
 BAD_INPUT = {
     "probability above 1": (["--p", "2"], "`p` must be a probability in [0, 1], got 2.0"),
     "unknown perturbation": (["--variant", "harder"], "`variant` must be one of"),
+    "field of another perturbation": (
+        ["--variant", "blur", "--p", "0.3"],
+        "`p`=0.3 would have no effect, because variant='blur' does not use it",
+    ),
     "text for a number": (["--k", "five"], "argument --k: invalid int value: 'five'"),
     "unknown flag": (["--learning_rat", "1"], "unknown argument --learning_rat. Did you mean --learning_rate?"),
     "bad training argument": (["--eval_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
