@@ -1,6 +1,7 @@
 """The launch configurations: those for the CPU are run, the others go through accelerate's own reader and launcher."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_two_cpu_processes_train_together(name: str, tmp_path: Path) -> None:
     result = launch("--config_file", config, RECIPES / f"{name}.py", *flags)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     # Two steps of four samples on each of two processes.
-    assert metrics["epoch"] * metrics["train_samples"] == pytest.approx(16, rel=0.05)
+    assert metrics["epoch"] == pytest.approx(2 / math.ceil(metrics["train_samples"] / 8), rel=0.01)
     assert metrics["train_loss"] > 0 and metrics["eval_loss"] > 0
     # Of language it cuts blocks, which are not as many as the texts.
     assert name == "causal_lm" or metrics["eval_samples"] == 6
