@@ -26,7 +26,7 @@ SHORT_RUN = """
 SMALL = {
     "image_classification": ["--num_hidden_layers", "1"],
     "text_classification": ["--num_hidden_layers", "1"],
-    "translation": ["--num_layers", "1", "--predict_with_generate", "false"],
+    "translation": ["--num_layers", "1", "--predict_with_generate", "false", "--max_train_samples", "300"],
     "causal_lm": ["--num_hidden_layers", "1", "--max_train_samples", "200"],
 }
 ROBUSTNESS_SAMPLES = {"image_classification": 9, "text_classification": 5}

@@ -171,7 +171,8 @@ def test_best_checkpoint_is_loaded_at_the_end(recipe: ModuleType, tmp_path: Path
         "loss",
         "--greater_is_better",
     ]
-    recipe.main([*every_second, *best, "true", *SMALL[recipe.__name__], "--output_dir", str(tmp_path)])
+    small = [*SMALL[recipe.__name__], "--max_eval_samples", "24"]
+    recipe.main([*every_second, *best, "true", *small, "--output_dir", str(tmp_path)])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 2
     metrics = json.loads((tmp_path / "metrics.json").read_text())
