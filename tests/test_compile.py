@@ -20,13 +20,14 @@ DROPS = {
 }
 
 
-# One case of each mechanism: a perturbation in a graph, one in blocks, and another strength.
+# One case of each mechanism: a perturbation in a graph, one in blocks, another strength, and checkpointing.
 pytestmark = pytest.mark.quick(
     "test_training_compiles_in_one_graph_and_counts[llama-hard_mask]",
     "test_training_compiles_in_one_graph_and_counts[vit-hard_zero]",
     "test_training_compiles_in_one_graph_and_counts[bert-blur]",
     "test_hard_in_blocks_compiles_in_one_graph[bert-hard_mask]",
     "test_a_schedule_does_not_compile_again[llama-hard_mask]",
+    "test_compile_and_gradient_checkpointing_together",
 )
 
 
