@@ -57,6 +57,6 @@ def flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_attentiondrop.functional import hard_flex
 
     if not torch.cuda.is_available():
-        compiled = torch.compile(flex.flex_attention, fullgraph=True, backend="aot_eager", recompile_limit=64)
+        compiled = hard_flex.compile_for_many_calls(flex.flex_attention, fullgraph=True, backend="aot_eager")
         monkeypatch.setattr(hard_flex, "_compiled_flex_attention", lambda: compiled)
         monkeypatch.setattr(flex, "_validate_device", lambda *_: None)

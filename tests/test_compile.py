@@ -1,5 +1,6 @@
 """torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AttentionDropConfig, configure, hard, report
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, hard, report
 
 from .models import build, enable_checkpointing, inputs
 
@@ -86,6 +87,20 @@ def test_a_schedule_does_not_compile_again(family: str, variant: str) -> None:
         torch.manual_seed(0)
         torch.testing.assert_close(fresh(**batch).loss, wanted, rtol=0, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1, "another strength made the model compile again"
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_gradients_of_compiled_affine_scaling_are_those_of_eager(padding: str | None) -> None:
+    config = AffineScaledConfig(init="paper", gate=True)
+    model = build("llama", dropout=False, attn_implementation="affine_scaled", attention_reweighting=config).train()
+    batch = inputs("llama", padding=padding)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (model, compiled):
+        run(**batch).loss.backward()
+        gradients.append({name.removeprefix("_orig_mod."): p.grad for name, p in run.named_parameters()})
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -85,8 +85,8 @@ def rescale_output(
         sums: what to add up for each query, see [`~functional.visible_sums`].
 
     Returns:
-        `(B, Q, H, D)` in the output's dtype, computed in the scale's. It keeps nothing for the backward pass that the
-        attention before it does not keep anyhow, and has no second derivative.
+        `(B, Q, H, D)` in the output's dtype, computed in the scale's. Outside of compiled graphs it keeps nothing for
+        the backward pass that the attention before it does not keep anyhow, and has no second derivative.
 
     Source: arXiv 2602.23057. With the mean `V̄` of the visible values, in the form `α·(O - V̄) + α_ma·V̄`, it would not
     be exact at the identity.
@@ -99,7 +99,8 @@ def rescale_output(
     >>> rescale_output(torch.ones(1, 1, 1, 1), value, torch.tensor([[[0.5]]]), torch.tensor([[[0.25]]]), sums)
     tensor([[[[2.]]]])
     """
-    if torch.is_grad_enabled():
+    # A compiled graph decides itself what it keeps, and that of torch 2.11 would lose the gradient in there.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Rescale.apply(output, value, alpha, beta, sums)
     return _rescaled(output, value, alpha, beta, sums)
 
@@ -108,7 +109,7 @@ def _rescaled(
     output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
 ) -> torch.Tensor:
     with torch.autocast(output.device.type, enabled=False):
-        total = sums(value)
+        total = sums.total(value)
     dtype = torch.promote_types(output.dtype, alpha.dtype)
     if _has_room(total, output):
         rescaled = total.to(dtype).mul_(beta.unsqueeze(-1)).addcmul_(output, alpha.unsqueeze(-1))
@@ -143,7 +144,7 @@ class _Rescale(torch.autograd.Function):
         output, value, alpha, beta = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             gradient = gradient.to(alpha.dtype)
-            total = ctx.sums(value)
+            total = ctx.sums.total(value)
             is_shared, groups = total.shape[1] == 1, (total.shape[2], -1)
             by_group = gradient.unflatten(2, groups)
             # One place for all products.

@@ -7,6 +7,7 @@ size of a score matrix in float32. Ranking again in the backward pass could hit 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,22 @@ def _tiles(dtype: torch.dtype) -> dict[str, int]:
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     # Uncompiled it would hold all scores.
-    return torch.compile(flex_attention, fullgraph=True, recompile_limit=COMPILED_FUNCTIONS)
+    return compile_for_many_calls(flex_attention, fullgraph=True)
+
+
+def compile_for_many_calls(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """`torch.compile` with room for `COMPILED_FUNCTIONS` versions of the function."""
+    if "recompile_limit" in torch.compile.__kwdefaults__:
+        return torch.compile(function, recompile_limit=COMPILED_FUNCTIONS, **options)
+    compiled = torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        # torch 2.11 has one limit for all functions.
+        with torch._dynamo.config.patch(recompile_limit=COMPILED_FUNCTIONS):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def _fill_hits(words: Tensor, fill: str) -> Callable[..., Tensor]:

@@ -42,7 +42,8 @@ class VisibleSums:
     lengths: Tensor
     rule: _Map
 
-    def __call__(self, value: Tensor) -> Tensor:
+    # Under a name of its own: Dynamo before torch 2.13 finds no fields in a frozen dataclass that is called.
+    def total(self, value: Tensor) -> Tensor:
         """The sums, `(B, Q|1, Hkv, D)`, or `(B, Q|1, H, D)` with one mask for each query head.
 
         Anything for a query that sees nothing.
@@ -90,14 +91,14 @@ def visible_sums(
         device: where index tensors are made.
 
     Returns:
-        The sums as a function of the values, and how many there are.
+        The map from values to their sums, and how many there are.
 
     Source: the term `β·Σ_j v_j` of arXiv 2602.23057, over visible keys.
 
     Example:
 
     >>> sums = visible_sums(None, is_causal=True, query_length=3, key_length=3, device=torch.device("cpu"))
-    >>> sums(torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)).flatten(), sums.lengths.flatten()
+    >>> sums.total(torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)).flatten(), sums.lengths.flatten()
     (tensor([1., 3., 9.]), tensor([1., 2., 3.]))
     """
     if attention_mask is None:

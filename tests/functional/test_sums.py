@@ -52,7 +52,7 @@ def test_equals_the_plain_sum_and_its_gradient(case: AttentionCase, as_in_models
     count = case.visible.sum(dim=-1).transpose(1, 2).float()
     assert (found_sums.lengths == count.masked_fill(count == 0, torch.inf)).all()
     sees = case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
-    found = found_sums(value)
+    found = found_sums.total(value)
     total = found.repeat_interleave(case.heads // found.shape[2], dim=2).expand(-1, case.queries, -1, -1)
     value = value.clone().requires_grad_()
     wanted = plain_sums(value, case.visible)
@@ -86,7 +86,7 @@ def test_only_arbitrary_masks_cost_a_product(mask: object, rule: str) -> None:
     visible = visible if visible.dtype == torch.bool else visible == 0
     wanted = plain_sums(value, visible.expand(3, 2, -1, -1))
     sees = visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
-    torch.testing.assert_close(found(value) * sees, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.total(value) * sees, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("causal", 0), ("causal_padding_left", 0), ("causal_packed", 2)])
@@ -97,7 +97,7 @@ def test_what_starts_with_the_sequence_needs_no_differences(
     monkeypatch.setattr(sums, "_rows", lambda *args: calls.append(1) or original(*args))
     case = CASES_BY_NAME[name]
     found, value = sums_of(case.mask(), 9, 9), case.tensors()[2]
-    found.adjoint(found(value), value)
+    found.adjoint(found.total(value), value)
     assert len(calls) == gathers
 
 
@@ -112,7 +112,7 @@ def test_half_precision_holds_over_many_tokens(length: int, window: int | None) 
     if window is not None:
         key = torch.arange(length)
         mask = ((key >= first[:, None]) & (key < end[:, None]))[None, None]
-    found = sums_of(mask, length, length)(value).transpose(1, 2)
+    found = sums_of(mask, length, length).total(value).transpose(1, 2)
     assert found.dtype == torch.float32
     assert (found.double() / (end - first).view(1, 1, -1, 1) - wanted).abs().max() < 1e-4
 
@@ -122,7 +122,7 @@ def test_a_product_in_half_precision_neither_overflows_nor_drifts(dtype: torch.d
     mask = torch.rand(1, 1, 64, 64) < 0.5
     value = (1e3 * (1 + torch.rand(1, 2, 64, 8))).to(dtype)
     found, wanted = sums_of(mask, 64, 64), plain_sums(value.double(), mask.expand(-1, 2, -1, -1))
-    torch.testing.assert_close(found(value).double(), wanted, rtol=2**-8, atol=0)
+    torch.testing.assert_close(found.total(value).double(), wanted, rtol=2**-8, atol=0)
 
 
 def factors(case: AttentionCase, sums: VisibleSums) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def test_running_sums_at_the_length_of_a_chunk_and_beyond(length: int, monkeypat
     monkeypatch.undo()
     value = torch.randn(2, 3, length, 4, dtype=torch.float64)
     found = sums_of(None, length, length)
-    torch.testing.assert_close(found(value), value.cumsum(dim=-2).transpose(1, 2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.total(value), value.cumsum(dim=-2).transpose(1, 2), rtol=0, atol=1e-12)
     wanted = value.flip(-2).cumsum(dim=-2).flip(-2)
     torch.testing.assert_close(found.adjoint(value.transpose(1, 2), value), wanted, rtol=0, atol=1e-12)
 
