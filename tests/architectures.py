@@ -298,6 +298,8 @@ _CROSS_LAYERS = {
     "text_config": {"cross_attention_layers": [1]},
     "vision_config": {"vision_output_dim": 64, "num_global_layers": 1, "intermediate_layers_indices": [0]},
 }
+# Otherwise most of it is frozen, and cross-attention is multiplied by zero until it is trained.
+_UNFROZEN = {"freeze_text_layers": False, "freeze_vision_layers": False, "alpha_initializer": "ones"}
 _IMAGE = (CHANNELS, IMAGE, IMAGE)
 _VIDEO = (2, *_IMAGE)
 
@@ -371,7 +373,7 @@ _ROWS = [
     # Text about images
     Architecture("blip-2", inputs=_image_tokens(6)),
     Architecture("gemma3", {"mm_tokens_per_image": 4}, inputs=_image_tokens(4), causal=True, padded=True),
-    Architecture("idefics", inputs=_flamingo, causal=True, padded=True),
+    Architecture("idefics", _UNFROZEN, inputs=_flamingo, causal=True, padded=True),
     Architecture("idefics2", inputs=_image_tokens(6, pixel_values=(1, *_IMAGE)), causal=True, padded=True),
     Architecture("idefics3", inputs=_image_tokens(4, pixel_values=(1, *_IMAGE)), causal=True, padded=True),
     Architecture("instructblip", inputs=_instructions),

@@ -58,8 +58,8 @@ SILENT = """
 
 # Their attention modules keep to themselves what they are called with, so that no hidden states reach the attention.
 NOT_REWEIGHTED = "aimv2 gemma3 idefics2 idefics3 paligemma siglip siglip2 videomae".split()
-# Their vision towers attend to pieces of a sequence, or run a config of their own: the first forward pass stops.
-STOPPED_REWEIGHTING = "idefics qwen2_vl qwen2_5_vl qwen3_vl".split()
+# Their vision towers attend to pieces of a sequence: the first forward pass stops.
+STOPPED_REWEIGHTING = "qwen2_vl qwen2_5_vl qwen3_vl".split()
 REWEIGHTED = [name for name in SUPPORTED if name not in NOT_REWEIGHTED + STOPPED_REWEIGHTING]
 # Parts of them get no gradient as yet: queries that start at zero, and towers whose last layer is not used.
 PARTLY_AT_REST = "blip-2 conditional_detr detr llava maskformer mllama".split()
