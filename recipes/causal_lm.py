@@ -42,12 +42,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from peft import LoraConfig, PeftModel, get_peft_model
 from shared.arguments import ModelArguments, RunArguments, check_path
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
 from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
+from shared.lora import LoraArguments, add_adapters, check_base
 from shared.model import from_scratch, load_pretrained
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -57,7 +57,6 @@ from shared.training import train
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     EvalPrediction,
@@ -73,7 +72,6 @@ from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
 from hf_attentiondrop.evaluation.pretrained import load_processor
-from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
 NO_LABEL = -100
@@ -86,21 +84,6 @@ class LanguageModelArguments(ModelArguments):
     num_hidden_layers: int = field(default=3, metadata={"help": "From scratch: number of layers."})
     num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
     num_key_value_heads: int = field(default=2, metadata={"help": "From scratch: number of key and value heads."})
-
-
-@dataclass
-class LoraArguments:
-    _argument_group_name = "LoRA"
-
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters of the model instead of its weights."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, which is divided by the rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what the adapters read."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt; by default those PEFT has for the model."}
-    )
 
 
 @dataclass
@@ -193,34 +176,6 @@ def load_model(
         **attention,
     )
     return from_scratch(AutoModelForCausalLM, arguments, config)
-
-
-def check_base(arguments: LanguageModelArguments, attention: dict[str, Any]) -> None:
-    """Refuses to adapt a model that is not there, or one that would not bring what the adapter trains."""
-    if not arguments.model_name_or_path:
-        raise ValueError("--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path.")
-    check_path("--model_name_or_path", arguments.model_name_or_path)
-    method = attention["attn_implementation"]
-    if method in REWEIGHTINGS and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting:
-        raise ValueError(
-            f"--use_peft trains the learned weights of {method} beside the adapter, and PEFT would load that adapter "
-            f"on {arguments.model_name_or_path}, which has none, without them. Save a base that has them first: "
-            f'AutoModelForCausalLM.from_pretrained("{arguments.model_name_or_path}", '
-            f'attn_implementation="{method}").save_pretrained("base").'
-        )
-
-
-def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
-    """Freezes the model and puts LoRA adapters beside its weights; what attention learns is trained with them."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
-        modules_to_save=["reweighting"] if model.config.attention_reweighting else None,
-    )
-    return get_peft_model(model, config)
 
 
 def collate(examples: list[dict[str, list[int]]], padding: int) -> dict[str, Tensor]:

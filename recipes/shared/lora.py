@@ -1,0 +1,54 @@
+"""LoRA: adapters of a language model, trained instead of its weights."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
+
+from .arguments import ModelArguments, check_path
+
+
+@dataclass
+class LoraArguments:
+    _argument_group_name = "LoRA"
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters of the model instead of its weights."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, which is divided by the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what the adapters read."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt; by default those PEFT has for the model."}
+    )
+
+
+def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:
+    """Refuses to adapt a model that is not there, or one that would not bring what the adapter trains."""
+    if not arguments.model_name_or_path:
+        raise ValueError("--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path.")
+    check_path("--model_name_or_path", arguments.model_name_or_path)
+    method = attention["attn_implementation"]
+    if method in REWEIGHTINGS and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting:
+        raise ValueError(
+            f"--use_peft trains the learned weights of {method} beside the adapter, and PEFT would load that adapter "
+            f"on {arguments.model_name_or_path}, which has none, without them. Save a base that has them first: "
+            f'AutoModelForCausalLM.from_pretrained("{arguments.model_name_or_path}", '
+            f'attn_implementation="{method}").save_pretrained("base").'
+        )
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
+    """Freezes the model and puts LoRA adapters beside its weights; what attention learns is trained with them."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+        modules_to_save=["reweighting"] if model.config.attention_reweighting else None,
+    )
+    return get_peft_model(model, config)
