@@ -63,10 +63,10 @@ def images(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT for these images that ran plain SDPA, and whose config has an entry for AttentionDrop."""
+    """A ViT for these images whose config has an entry for AttentionDrop, and which was never trained with it."""
     folder = tmp_path_factory.mktemp("classifier")
     names = {0: "class 0", 1: "class 1"}
-    model = build("vit", attn_implementation="sdpa", attention_drop={"p": 0.2}, id2label=names)
+    model = build("vit", attention_drop={"p": 0.2}, id2label=names)
     model.save_pretrained(folder)
     grey = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
     ViTImageProcessorPil(size={"height": 8, "width": 8}, **grey).save_pretrained(folder)
@@ -102,7 +102,8 @@ def test_a_split_is_named_where_the_data_has_one(
 
 
 def test_a_trained_model_is_called_perturbed_only_if_it_was(tmp_path: Path) -> None:
-    model = build("bert", attn_implementation="sdpa", attention_drop={"p": 0.3})
+    model = build("bert", attention_drop={"p": 0.3})
+    model.set_attn_implementation("sdpa")
     trainer = trainer_of(model, tmp_path, consistency_weight=0.0)
     trainer.train()
     assert "Method" not in card_of(trainer).text
