@@ -247,6 +247,7 @@ def _names_several(documents: torch.Tensor) -> bool:
 
 @once_per_mask
 def _shows_across(attention_mask: torch.Tensor, packing: torch.Tensor, batch_size: int, length: int) -> bool:
+    packing = packing.to(attention_mask.device)
     if packing.dim() == 1:
         tokens = torch.arange(batch_size * length, device=packing.device)
         starts = torch.isin(tokens, packing[1:-1]).view(batch_size, length)[:, 1:]
