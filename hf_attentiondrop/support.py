@@ -22,7 +22,6 @@ _REMEDY = (
     f'model, name only the parts that can: attn_implementation={{"text_config": "{NAME}"}}.'
 )
 _CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_implementation")
-_PADDING_AS_BIAS = re.compile(r"\* -10000")
 
 
 def refuse_unsupported_class(model_class: type[PreTrainedModel], name: str) -> None:
@@ -49,13 +48,6 @@ def refuse_unsupported_class(model_class: type[PreTrainedModel], name: str) -> N
             name,
             "picks an attention class by the name of the implementation, from a fixed list",
             "is a name that it does not know",
-        )
-    if _PADDING_AS_BIAS.search(source):
-        raise _refusal(
-            model_class,
-            name,
-            "hides padding by a bias of -10000, which cannot be told from a position bias",
-            "would perturb padding as if it were text",
         )
 
 

@@ -51,7 +51,6 @@ from shared.running import owning_output_dir
 from shared.training import train
 from sklearn.datasets import load_digits
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
     PreTrainedModel,
@@ -65,6 +64,7 @@ from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArgument
 from hf_attentiondrop.evaluation.checkpoint import channels_of, check_channels
 from hf_attentiondrop.evaluation.images import encoded_images, read_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
+from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor
 from hf_attentiondrop.evaluation.pretrained import load_processor as load_saved_processor
 
 

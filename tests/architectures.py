@@ -312,7 +312,7 @@ _DECODERS = """
     phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma
 """
 _ENCODERS = """
-    albert bert bert-generation camembert data2vec-text distilbert electra ernie esm eurobert gte layoutlm
+    albert bert bert-generation camembert data2vec-text distilbert electra ernie esm eurobert gte layoutlm markuplm
     modernbert nomic_bert roberta roberta-prelayernorm splinter xlm-roberta xlm-roberta-xl
 """
 _ENCODER_DECODERS = """
@@ -328,7 +328,7 @@ _IMAGES_AUDIO_AND_PAIRS = """
 _REFUSED = """
     big_bird bigbird_pegasus blip bloom canine convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
     flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese groupvit ibert imagegpt led longformer luke
-    mamba markuplm megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
+    mamba megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
     resnet roformer sam_vision_model sew-d squeezebert table-transformer tapas vilt visual_bert vitdet wavlm xglm xlm
     xlnet yoso
 """

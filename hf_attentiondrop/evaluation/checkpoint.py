@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -16,7 +15,15 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .pretrained import SHOWN_WEIGHTS, Processor, describe_wrappers, first_of, load_processor, load_weights
+from .pretrained import (
+    SHOWN_WEIGHTS,
+    AutoImageProcessor,
+    Processor,
+    describe_wrappers,
+    first_of,
+    load_processor,
+    load_weights,
+)
 
 
 AUTO_CLASSES = {

@@ -11,6 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+# Older releases export a placeholder that asks for torchvision, also where Pillow would do.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: F401
+
 
 Processor = BaseImageProcessor | PreTrainedTokenizerBase
 # What torch.compile and DistributedDataParallel put before the name of a weight.

@@ -9,13 +9,12 @@ import torch
 import yaml
 
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.configuration import FIELDS_OF_VARIANTS
 from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
 
 
 ATTENTION_DROP = "attentiondrop"
 ATTENTION_DROP_FIELDS = tuple(field.name for field in fields(AttentionDropConfig))
-# The fields of AttentionDropConfig that only one variant reads.
-VARIANT_FIELDS = {"hard": ("p", "k", "fill"), "blur": ("sigma_max", "width")}
 
 
 @dataclass
@@ -168,7 +167,7 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
     default = AttentionDropConfig().variant
     old, new = (values.get("variant", default) for values in (of_file, {**of_file, **typed}))
     if new != old:
-        groups["variant"] = {name for variant, names in VARIANT_FIELDS.items() if variant != new for name in names}
+        groups["variant"] = {name for variant, names in FIELDS_OF_VARIANTS.items() if variant != new for name in names}
     left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
     return {flag: names for flag, names in left_out.items() if names}
 
