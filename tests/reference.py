@@ -70,7 +70,7 @@ def hit_scores(
 
 
 def blurred_scores(scores: torch.Tensor, own_view: torch.Tensor, sigma: torch.Tensor, width: int) -> torch.Tensor:
-    """Blur: every content score blended with those of the neighbours that its key may attend to.
+    """Blur: every content score blended with those of the neighbours that its key may attend to, itself included.
 
     `own_view` is `(B, H, K, K)`: which keys the token of each key may attend to.
     """
@@ -80,10 +80,9 @@ def blurred_scores(scores: torch.Tensor, own_view: torch.Tensor, sigma: torch.Te
         window = {t: torch.exp(-0.5 * (t / sigma[sample].clamp_min(1e-6)) ** 2) for t in range(-half, half + 1)}
         for head in range(scores.shape[1]):
             for j in range(length):
-                seen = [t for t in window if 0 <= j + t < length and own_view[sample, head, j, j + t]]
-                if seen:
-                    total = sum(window[t] for t in seen)
-                    blurred[sample, head, :, j] = sum(window[t] / total * scores[sample, head, :, j + t] for t in seen)
+                seen = [t for t in window if 0 <= j + t < length and (t == 0 or own_view[sample, head, j, j + t])]
+                total = sum(window[t] for t in seen)
+                blurred[sample, head, :, j] = sum(window[t] / total * scores[sample, head, :, j + t] for t in seen)
     return blurred
 
 

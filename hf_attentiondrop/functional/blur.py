@@ -21,8 +21,8 @@ def gaussian_window(sigma: torch.Tensor, neighbours: torch.Tensor) -> torch.Tens
         neighbours: boolean `(B|1, H|1, K, W)`, see [`~functional.visible_neighbours`].
 
     Returns:
-        `(B, H|1, K, W)` in sigma's dtype, each row summing to 1. A key with an empty neighbourhood keeps all of
-        itself.
+        `(B, H|1, K, W)` in sigma's dtype, each row summing to 1. A key always counts itself, also under a mask that
+        does not let its token attend to it: otherwise sigma = 0 would not be the identity.
 
     Example:
 
@@ -31,9 +31,8 @@ def gaussian_window(sigma: torch.Tensor, neighbours: torch.Tensor) -> torch.Tens
     """
     width = neighbours.shape[-1]
     offset = torch.arange(-(width // 2), width // 2 + 1, device=sigma.device)
-    centre = offset == 0
-    neighbours = neighbours | (centre & ~neighbours.any(dim=-1, keepdim=True))
-    # As logits of a softmax the weights cannot underflow to 0/0; the floor keeps sigma = 0 from dividing by zero.
+    neighbours = neighbours | (offset == 0)
+    # The floor keeps sigma = 0 from dividing by zero.
     sharpness = -0.5 * (offset / sigma[:, None].clamp_min(1e-6)).square()  # (B, W)
     return sharpness[:, None, None].masked_fill(~neighbours, -torch.inf).softmax(dim=-1)
 
