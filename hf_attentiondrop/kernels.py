@@ -165,5 +165,5 @@ def _named(module: nn.Module, name: str) -> nn.Module:
     """The module with a config that names the kernel, where FlashAttention looks up which version it is to be."""
     module = copy.copy(module)
     module.config = copy.copy(module.config)
-    module.config._attn_implementation = name
+    module.config._attn_implementation_internal = name  # The other way it would name it in shared sub-configs, too.
     return module

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, report, set_base_attention
 from hf_attentiondrop.kernels import attend_with
+from hf_attentiondrop.parts import configs_of
 
 from . import reference
 from .cases import CASES, AttentionCase
@@ -114,6 +115,15 @@ def test_flash_takes_no_padding_into_its_rows(kernels: Kernels) -> None:
     assert call["name"] == FLASH
     assert call["shape"] == (1, case.heads, 9 + 6 + 3, 8)
     assert call["cu_seq_lens_q"].tolist() == [0, 9, 15, 18] and call["max_length_k"] == 9
+
+
+def test_flash_is_named_to_the_module_alone(kernels: Kernels) -> None:
+    case = next(case for case in CASES if case.name == "causal_without_mask")
+    module = module_of(case)
+    module.config = CLIPConfig(attn_implementation="sdpa")
+    attend_with(FLASH, module, *case.tensors(), None, is_causal=True)
+    assert kernels.calls[0]["name"] == FLASH
+    assert {config._attn_implementation for config in configs_of(module.config)} == {"sdpa"}
 
 
 def test_flash_without_a_mask_gets_the_batch_as_it_is(kernels: Kernels) -> None:
