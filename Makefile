@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Tests of one group share what was trained or launched once, so that one worker takes them all.
-PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+PYTEST_OPTIONS = -n 2 --dist loadgroup
+PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 .PHONY: demo test test-all test-versions install style model_cards
 
@@ -18,10 +19,11 @@ test: install
 test-all: install
 	$(PYTEST) --durations=20
 
-# All tests on the oldest versions that are supported, in .venv-lowest. They are downloaded first, torch among them, as
-# pip finds it for this machine: gigabytes with the libraries of CUDA, unless a CPU build is there already.
+# All tests on the oldest versions that are supported, in .venv-lowest; the outcome goes into docs/versions.md. They are
+# downloaded first, torch among them, as pip finds it for this machine: gigabytes with the libraries of CUDA.
 test-versions:
-	$(MAKE) test-all VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+	$(VENV)-lowest/bin/python docs/generate_versions_table.py $(PYTEST_OPTIONS)
 
 install: $(VENV)/test.installed
 
