@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -54,3 +55,8 @@ def test_the_oldest_versions_are_those_that_import_checks() -> None:
     for name, minimum in MINIMUM_VERSIONS.items():
         (declared,) = (part.version for part in requirements()[name].specifier if part.operator == ">=")
         assert Version(declared) == Version(minimum)
+
+
+def test_the_citation_names_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == hf_attentiondrop.__version__
