@@ -102,6 +102,14 @@ def end_of(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str) -
     return exit_.value.code, capfd.readouterr().err.rstrip("\n").splitlines()[-1]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's answer to Ctrl-C, which a process that a shell started in the background does not have."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def interrupt_at(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sends the process what Ctrl-C sends, after so many steps."""
 
@@ -113,6 +121,7 @@ def interrupt_at(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int)
     add_callback(recipe, monkeypatch, Interrupt())
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("step", "hint"),
     [
@@ -134,6 +143,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
     assert read(tmp_path).get("resumed_from_step") == (2 if step == 3 else None)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_the_training_ends_in_one_line(
     recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

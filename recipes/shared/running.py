@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,10 +48,12 @@ def owning_output_dir(parser: RecipeParser, arguments: TrainingArguments) -> Ite
             checkpoint = check_output_dir(arguments)
         yield checkpoint
     except KeyboardInterrupt:
+        _end_progress_bar(arguments)
         parser.stop(INTERRUPTED, f"interrupted. {_way_to_continue(arguments.output_dir)}")
     except Exception as error:
         if (reason := _failed_write(error)) is None:
             raise
+        _end_progress_bar(arguments)
         parser.stop(
             FAILED,
             f"error: a file in {arguments.output_dir} cannot be written: {reason}. Make room on that disk. "
@@ -86,6 +89,12 @@ def _way_to_continue(folder: str) -> str:
     if (checkpoint := last_checkpoint(folder)) is not None:
         return f"The same command with --resume_from_checkpoint continues from {checkpoint}."
     return "No checkpoint was saved yet: the same command with --overwrite_output_dir starts again."
+
+
+def _end_progress_bar(arguments: TrainingArguments) -> None:
+    # It stays in the middle of its line.
+    if arguments.local_process_index == 0 and not arguments.disable_tqdm:
+        print(file=sys.stderr)
 
 
 def _failed_write(error: BaseException | None) -> str | None:
