@@ -31,7 +31,7 @@ BAD_INPUT = {
         ["--variant", "blur", "--p", "0.3"],
         "`p`=0.3 would have no effect, because variant='blur' does not use it",
     ),
-    "text for a number": (["--k", "five"], "argument --k: invalid int value: 'five'"),
+    "text for a number": (["--k", "five"], "argument --k: invalid number value: 'five'"),
     "unknown flag": (["--learning_rat", "1"], "unknown argument --learning_rat. Did you mean --learning_rate?"),
     "bad training argument": (["--eval_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
     "missing configuration": (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),

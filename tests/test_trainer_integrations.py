@@ -125,7 +125,8 @@ def test_sft_without_padding_takes_the_step_of_the_padded_formula(
     examples = [row for row in rows("causal_lm") if len(row["labels"]) > 1]
     for row in examples:
         row["labels"][0] = -100
-    model = build_model("causal_lm", attn_implementation=attn_implementation, attention_drop=IDLE)
+    drop = {"attention_drop": IDLE} if attn_implementation == "attentiondrop" else {}
+    model = build_model("causal_lm", attn_implementation=attn_implementation, **drop)
     given = [{name: row[name] for name in ("input_ids", "labels")} for row in examples]
     trainer, gradients = train_sft(
         tmp_path, batch_size, 8 // batch_size, model=model, examples=given, **SPARE[kind], trainer_kwargs={}

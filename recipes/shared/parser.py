@@ -54,7 +54,7 @@ class RecipeParser(HfArgumentParser):
             items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
             options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
             if get_args(hint) == (int, float):
-                options = {"type": _number}
+                options = {"type": number}
             # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
             help_ = f"{helps[field_.name]} (default: {field_.default})"
             group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
@@ -195,7 +195,7 @@ class RecipeParser(HfArgumentParser):
         return flags
 
 
-def _number(text: str) -> int | float:
+def number(text: str) -> int | float:
     try:
         return int(text)
     except ValueError:

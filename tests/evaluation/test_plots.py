@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import TrainingArguments
 
-from hf_attentiondrop import AttentionDropTrainer
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments
 from hf_attentiondrop.evaluation.calibration import ReliabilityBins, reliability
 from hf_attentiondrop.evaluation.plots import (
     attention_entropy_map,
@@ -162,7 +161,7 @@ def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
         {"pixel_values": torch.tensor(image, dtype=torch.float32)[None] / 16, "labels": int(label % 2)}
         for image, label in zip(digits.images[:32], digits.target[:32], strict=True)
     ]
-    arguments = TrainingArguments(
+    arguments = AttentionDropTrainingArguments(
         str(tmp_path),
         max_steps=4,
         logging_steps=1,
@@ -170,6 +169,7 @@ def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
         eval_steps=2,
         use_cpu=True,
         save_strategy="no",
+        consistency_weight=0.5,
     )
     trainer = AttentionDropTrainer(build("vit"), arguments, train_dataset=data, eval_dataset=data[:8])
     trainer.train()

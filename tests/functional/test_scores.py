@@ -16,7 +16,8 @@ def test_scores_are_float32_even_under_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(scores.double(), wanted, rtol=0, atol=1e-5)
 
 
-def test_a_bias_leaves_a_key_visible_and_the_minimum_hides_it() -> None:
-    mask = torch.tensor([0.0, -1e4, 3.0, -1e9, torch.finfo(torch.float32).min, -torch.inf]).view(1, 1, 1, 6)
-    visible = visible_keys(mask, is_causal=False, query_length=1, key_length=6, device=mask.device)
-    assert visible.flatten().tolist() == [True, True, True, True, False, False]
+def test_a_bias_leaves_a_key_visible_and_what_lies_far_below_hides_it() -> None:
+    values = [0.0, -30.0, 3.0, -100.0, -1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf]
+    mask = torch.tensor(values).view(1, 1, 1, -1)
+    visible = visible_keys(mask, is_causal=False, query_length=1, key_length=len(values), device=mask.device)
+    assert visible.flatten().tolist() == [True] * 3 + [False] * 5
