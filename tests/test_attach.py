@@ -32,7 +32,7 @@ import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig, GatedAttentionConfig
 from hf_attentiondrop.reweighting import AffineScaling, Reweighting
 
-from .models import build, inputs, require_one_graph
+from .models import build, enable_checkpointing, inputs, require_one_graph
 from .test_registration import TINY, TINY_CLIP
 
 
@@ -359,7 +359,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, name: str, use_reen
     for checkpointing in (False, True):
         model = randomise(build_reweighted(family, name)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant)
         loss = model(**inputs(family)).loss
         loss.backward()
         results.append((loss, [p.grad for p in model.parameters() if p.grad is not None], learned(model)))
@@ -396,7 +396,7 @@ def test_training_compiles_in_one_graph(family: str, name: str) -> None:
 def test_compile_and_gradient_checkpointing_together_update_once() -> None:
     model, batch = randomise(build_reweighted("llama")).train(), inputs("llama")
     other = copy.deepcopy(model)
-    other.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(other, use_reentrant=False)
     torch._dynamo.reset()
     compiled = torch.compile(other, backend="aot_eager")
     model(**batch).loss.backward()

@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused(argv: list[str], message: str, capsys: pytest
     ("contents", "message"),
     [
         ("{broken", "is not a valid JSON file"),
-        ("[1, 2]", "Should have a `model_type` key"),
+        ("[1, 2]", "cannot be read as one"),
         ({"hidden_size": 8}, "Should have a `model_type` key"),
         ({"model_type": "perceptron"}, "has model type `perceptron` but Transformers does not recognize"),
         ({"model_type": "bert", "hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
@@ -379,6 +380,8 @@ def test_card_on_the_hub_is_ours_and_was_looked_at(hub: HubServer, pushed: Path)
 
 @pytest.mark.slow
 def test_models_come_back_by_their_ids_as_their_cards_say(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    if getattr(transformers.AutoImageProcessor, "is_dummy", False):
+        pytest.skip("absent: AutoImageProcessor of this version of Transformers needs torchvision")
     run(hub, tmp_path / "home", sys.executable, "-m", "tests.hub_load", tmp_path / "results.pt")
     results, outputs = torch.load(tmp_path / "results.pt"), torch.load(pushed / "outputs.pt")
     assert "affine_scaled" in results.pop("refusal")  # without the plugin

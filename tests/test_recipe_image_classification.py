@@ -16,9 +16,10 @@ import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BertConfig
+from transformers import AutoConfig, AutoModelForImageClassification, BertConfig
 
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor
 
 from .recipe_runs import RECIPES, launch, load, refusal, run
 

@@ -12,6 +12,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
+    TrainingArguments,
     set_seed,
 )
 
@@ -36,6 +37,10 @@ from .models import build, inputs
 Dataset = pytest.importorskip("datasets").Dataset
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
+# What TRL switches on by default, under the name that the installed Transformers has for it.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def first_logs(trainer: Trainer) -> dict[str, float]:
@@ -72,7 +77,7 @@ def train_sft(tmp_path: Any, batch_size: int = 8, accumulation: int = 1, **value
         trainer_class=ConsistencySFTTrainer,
         arguments_class=trl.SFTConfig,
         trainer_kwargs=trainer_kwargs,
-        **{"bf16": False, "activation_checkpointing": False, **values},
+        **{"bf16": False, CHECKPOINTING: False, **values},
     )
 
 
