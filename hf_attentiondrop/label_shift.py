@@ -20,7 +20,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 # The causal loss, given labels under the name of labels that are shifted already.
 _DECLARES_SHIFTED = re.compile(r"shift_labels=([^,]* else )?labels\b(?!\[)|pop\('shift_labels', labels\)")
 _CUTS_FIRST_LABEL = re.compile(r"labels\[(\.\.\.|:), 1:")
-_COMPARES = re.compile(r"CrossEntropyLoss|\b(cross_entropy|nll_loss)\(|labels\.((view|reshape)\(-1|flatten\()")
+_IS_A_LOSS = re.compile(r"(^|\.)(cross_entropy|nll_loss|\w*(loss|criterion)\w*)$", re.IGNORECASE)
+# A value in another shape or type at most.
+_AS_IT_IS = re.compile(r"(\w+)(\.(view|reshape|flatten|squeeze|contiguous|to|long|type)\([^()]*\))*")
 
 
 def shifts_labels(model: nn.Module) -> bool | None:
@@ -56,10 +58,31 @@ def _shift_in(model: nn.Module, function: Callable[..., Any], owner: type) -> bo
             return False
         loss = model.loss_function
         return loss is ForCausalLMLoss if loss in LOSS_MAPPING.values() else None
-    if _COMPARES.search(code):
+    labels = _unmoved(tree, nodes)
+    if any(_compares_labels(node, labels) for node in nodes if isinstance(node, ast.Call)):
         return False
     shifts = (_shift_behind(model, node, owner) for node in nodes if isinstance(node, ast.Call))
     return next((shift for shift in shifts if shift is not None), None)
+
+
+def _compares_labels(call: ast.Call, labels: set[str]) -> bool:
+    """Whether a call is that of a loss, whose targets are labels that nothing has moved."""
+    targets = [*call.args[1:2], *(word.value for word in call.keywords if word.arg in ("target", "labels"))]
+    found = [_AS_IT_IS.fullmatch(ast.unparse(target)) for target in targets]
+    is_loss = _IS_A_LOSS.search(ast.unparse(call.func))
+    return bool(is_loss) and any(match is not None and match[1] in labels for match in found)
+
+
+def _unmoved(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
+    """The parameters of a function, but for those that it replaces by something else."""
+    function = tree.body[0]
+    parameters = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, _AS_IT_IS.fullmatch(ast.unparse(node.value))
+            if value is None or value[1] != name:
+                parameters.discard(name)
+    return parameters
 
 
 def _shift_behind(model: nn.Module, call: ast.Call, owner: type) -> bool | None:

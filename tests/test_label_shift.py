@@ -166,7 +166,21 @@ class Hidden(Own):
         self.score = lambda logits, labels: logits.mean()
 
 
-@pytest.mark.parametrize(("model_class", "shifts"), [(Subclass, True), (Own, False), (Hidden, None)])
+class Rolled(Own):
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        target = torch.roll(labels, -1, 1)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+class Moved(Own):
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = nn.functional.pad(labels, (0, 1), value=-100).narrow(1, 1, labels.shape[1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "shifts"), [(Subclass, True), (Own, False), (Hidden, None), (Rolled, None), (Moved, None)]
+)
 def test_models_of_ones_own(model_class: type, shifts: bool | None) -> None:
     assert shifts_labels(model_class(build("llama").config)) is shifts
 
