@@ -146,11 +146,11 @@ def accept_given_entries(configs: Iterable[PreTrainedConfig]) -> None:
 
 
 def refuse_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
-    """Refuses a configuration of AttentionDrop that was given for a model of which no part runs it.
+    """Refuses a configuration of AttentionDrop that was given for what does not run it.
 
     Args:
         name: the model's class.
-        configs: its config and sub-configs.
+        configs: those of its config and sub-configs that no part runs.
 
     Raises:
         ValueError: if one of them holds an entry that was given in a call.
@@ -158,9 +158,9 @@ def refuse_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None
     for config in configs:
         if isinstance(config.__dict__.get(CONFIG_KEY), GivenEntry):
             raise ValueError(
-                f"`{CONFIG_KEY}` was given for {name} with attn_implementation={config._attn_implementation!r}: it "
-                "would have no effect, and the model would train unperturbed. Add attn_implementation="
-                f'"attentiondrop" or a learned method, or leave `{CONFIG_KEY}` out.'
+                f"`{CONFIG_KEY}` was given for {name} ({type(config).__name__}) with attn_implementation="
+                f"{config._attn_implementation!r}: it would have no effect, and attention would train unperturbed. "
+                f'Add attn_implementation="attentiondrop" or a learned method, or leave `{CONFIG_KEY}` out.'
             )
 
 

@@ -4,13 +4,15 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import NAME, attention_drop_forward, reweighted_attention_forward
 from .configuration import SIMILARITY
 from .parts import configs_of
 from .reweighting_configuration import REWEIGHTINGS
+from .sites import attention_modules, place_sites
 
 
 FUNCTIONS = {NAME: attention_drop_forward, **dict.fromkeys(REWEIGHTINGS, reweighted_attention_forward)}
@@ -83,6 +85,25 @@ def suggest(name: str, names: Any) -> str:
 def uses_any(config: PreTrainedConfig) -> bool:
     """Whether a config or one of its sub-configs runs an implementation of this package."""
     return any(part._attn_implementation in FUNCTIONS for part in configs_of(config))
+
+
+def running_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of a model that run an implementation of this package."""
+    return [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+
+
+def place_running(model: PreTrainedModel) -> list[nn.Module]:
+    """Places the sites of a whole model, and tells those of the modules that run of each other.
+
+    Returns:
+        As [`running_modules`].
+    """
+    place_sites(model)
+    running = running_modules(model)
+    peers = [module.attention_drop_site for module in running]
+    for site in peers:
+        site.peers = peers
+    return running
 
 
 def _names(requested: Any) -> Iterator[str]:

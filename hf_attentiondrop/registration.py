@@ -18,6 +18,7 @@ from .generation import warn_of_training_mode
 from .implementations import (
     FUNCTIONS,
     is_known,
+    place_running,
     refuse_unknown_parts,
     requests,
     resolve,
@@ -31,7 +32,7 @@ from .reweighting_configuration import (
     ReweightingConfigEntry,
     reweighting_from_dict,
 )
-from .sites import AttentionSite, attention_modules, check_selection, place_sites, refuse_capped_blur
+from .sites import AttentionSite, check_selection, refuse_capped_blur
 from .support import refuse_unsupported_class, refuse_unsupported_modules
 from .switching import switch_the_rest, whole_or_nothing
 
@@ -116,7 +117,6 @@ def _complete_construction(self: PreTrainedModel, original: Any) -> None:
         with whole_or_nothing(self):
             _activate(self)
         record_implementations(self.config)
-        _introduce_sites(self)
     else:
         refuse_given_entries(type(self).__name__, configs_of(self.config))
 
@@ -148,7 +148,6 @@ def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dic
         if uses_any(self.config):
             _activate(self)
     record_implementations(self.config)
-    _introduce_sites(self)
 
 
 # Methods of `PreTrainedModel`, and what is put around them.
@@ -184,15 +183,17 @@ def _activate(model: PreTrainedModel) -> None:
         ValueError: if it cannot run that.
     """
     settle_entries(model.config)
-    accept_given_entries(configs_of(model.config))
+    configs = list(configs_of(model.config))
+    entries = [config.__dict__.get(CONFIG_KEY) for config in configs if config._attn_implementation in FUNCTIONS]
+    # A composite's own entry is that of its parts.
+    idle = [config for config in configs if config.__dict__.get(CONFIG_KEY) not in entries]
+    refuse_given_entries(type(model).__name__, idle)
+    accept_given_entries(configs)
     for part in _parts(model):
         if part.config._attn_implementation in FUNCTIONS:
             refuse_unsupported_class(type(part), part.config._attn_implementation)
-    running = [(module, module.config._attn_implementation) for _, module in attention_modules(model)]
-    running = [(module, name) for module, name in running if name in FUNCTIONS]
-    place_sites(model)
-    names = [config._attn_implementation for config in configs_of(model.config)]
-    asked = next(name for name in names if name in FUNCTIONS)
+    running = [(module, module.config._attn_implementation) for module in place_running(model)]
+    asked = next(config._attn_implementation for config in configs if config._attn_implementation in FUNCTIONS)
     refuse_unsupported_modules(model, [module for module, _ in running], asked)
     perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
     check_selection(type(model).__name__, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
@@ -200,14 +201,6 @@ def _activate(model: PreTrainedModel) -> None:
     if learned := [module for module, name in running if name in REWEIGHTINGS]:
         attach(model, learned)
     warn_of_training_mode(type(model))
-
-
-def _introduce_sites(model: PreTrainedModel) -> None:
-    """Tells the sites of what runs an implementation of this package of each other."""
-    running = [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
-    peers = _sites(running)
-    for site in peers:
-        site.peers = peers
 
 
 def _sites(modules: Iterable[nn.Module]) -> list[AttentionSite]:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from .attention import NAME, runs_attention_drop
 from .config_entries import accept_given_entries, attention_drop_of
 from .configuration import CONFIG_KEY, FIELDS_OF_VARIANTS, AttentionDropConfig
+from .implementations import FUNCTIONS, place_running, running_modules
 from .kernels import can_be_base, serves_cross_attention
 from .parts import configs_of
-from .registration import FUNCTIONS
-from .sites import SDPA, AttentionSite, attention_modules, check_selection, place_sites, refuse_capped_blur
+from .sites import SDPA, AttentionSite, check_selection, refuse_capped_blur
 from .switching import whole_or_nothing
 
 
@@ -60,20 +60,21 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
             stack.enter_context(whole_or_nothing(base))
         previous = [(config, config.__dict__.get(CONFIG_KEY)) for base in bases for config in configs_of(base.config)]
         for base in bases:
-            place_sites(base)
+            place_running(base)
             base.config.attention_drop = drop
             sites = _running_sites(base)
             selections = [(site, attention_drop_of(site.config)) for site in sites]
             check_selection(type(base).__name__, CONFIG_KEY, selections)
             refuse_capped_blur(base, sites)
         accept_given_entries(config for config, _ in previous)
-    _warn_of_reset_fields([entry for _, entry in previous if entry is not None], drop, named)
+    # One that a newer release wrote may be anything.
+    previous = [(config, entry) for config, entry in previous if isinstance(entry, dict)]
+    _warn_of_reset_fields([entry for _, entry in previous], drop, named)
     for config, entry in previous:
         # A compiled model compiles anew where it finds another entry, but not where it finds the same with another p.
-        if entry is not None:
-            entry.clear()
-            entry.update(config.__dict__[CONFIG_KEY])
-            config.__dict__[CONFIG_KEY] = entry
+        entry.clear()
+        entry.update(config.__dict__[CONFIG_KEY])
+        config.__dict__[CONFIG_KEY] = entry
     for base in bases:
         for site in _running_sites(base):
             site.scheduled = None
@@ -210,9 +211,9 @@ def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
 
 def _running_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that run an implementation of this package, copied modules included; all have their site."""
-    running = [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
+    running = running_modules(model)
     if any(not hasattr(module, "attention_drop_site") for module in running):
-        place_sites(model)
+        place_running(model)
     return running
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import NAME
+from .sites import attention_modules
 
 
 _REMEDY = (
@@ -63,6 +64,13 @@ def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Modu
         ValueError: if there are none, or if a missing mask would mean that a decoder sees later tokens.
     """
     modules = list(modules)
+    if not modules and (others := {module.config._attn_implementation for _, module in attention_modules(model)}):
+        parts = ", ".join(model.config.sub_configs)
+        raise ValueError(
+            f"{type(model).__name__} was asked for attn_implementation={name!r}, and no attention module of its parts "
+            f"({parts}) runs it, but {', '.join(map(repr, sorted(others)))}: it would have no effect. Build the parts "
+            f'with it, or call model.set_attn_implementation("{name}") once the model is built without it.'
+        )
     if not modules:
         raise _refusal(
             type(model),

@@ -421,3 +421,11 @@ def test_a_part_of_a_part_is_switched() -> None:
         with pytest.raises(ValueError, match="not supported"):
             model.set_attn_implementation(requested)
         assert perturbed_parts(model) == set()
+
+
+def test_a_name_that_reaches_no_part_of_a_pair_is_refused_with_the_reason(tmp_path: Path) -> None:
+    for name in ("encoder", "decoder"):
+        BertModel(BertConfig(**TINY, is_decoder=name == "decoder")).save_pretrained(tmp_path / name)
+    folders = (tmp_path / "encoder", tmp_path / "decoder")
+    with pytest.raises(ValueError, match=r"parts \(encoder, decoder\) runs it, but 'sdpa'.*set_attn_implementation"):
+        EncoderDecoderModel.from_encoder_decoder_pretrained(*folders, attn_implementation="attentiondrop")

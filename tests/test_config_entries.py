@@ -20,7 +20,7 @@ from transformers import (
     EncoderDecoderModel,
 )
 
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, report
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
 from hf_attentiondrop.version import __version__
 
 from .models import build, inputs
@@ -160,6 +160,32 @@ def test_an_impossible_assignment_after_a_switch_of_one_part_stops_training() ->
     model.config.attention_drop = {"layers": [2]}
     with refusal:
         report(model)
+
+
+def test_what_is_given_to_a_part_that_runs_something_else_must_act() -> None:
+    config = CLIPConfig(**TINY_CLIP)
+    config.vision_config.attention_drop = {"p": 0.4}
+    with pytest.raises(ValueError, match=r"given for CLIPModel \(CLIPVisionConfig\).*'sdpa'.*no effect"):
+        CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})
+    config.attention_drop = {"p": 0.3}  # For all parts, and so for those that run it.
+    assert report(CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})).active
+
+
+def test_an_impossible_assignment_stops_training_of_a_model_that_grew() -> None:
+    model = build("llama", attn_implementation="attentiondrop")
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    configure(model, {"p": 0.3})
+    model.config.attention_drop = {"layers": [99]}
+    with pytest.raises(ValueError, match="names layer 99"):
+        report(model)
+
+
+def test_configure_leaves_out_what_cannot_be_read() -> None:
+    config = CLIPConfig(**TINY_CLIP)
+    model = CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})
+    model.config.vision_config.__dict__["attention_drop"] = [1]
+    configure(model, {"p": 0.2})
+    assert model.config.text_config.attention_drop.p == 0.2
 
 
 def test_an_assignment_reaches_a_compiled_model() -> None:
