@@ -2,7 +2,8 @@
 
 Where no part of a model uses an entry, it matters where it came from. One that was read from config.json waits:
 checkpoints load with stock attention too. One that was given in a call, to `from_pretrained`, to the constructor of a
-config or by assignment, asks for something, and a model that would ignore it is refused.
+config or by assignment to one, asks for something, and a model that is built with it and would ignore it is refused.
+All fields at once in a call of the constructor are the exception: a copy made by way of `to_dict` looks the same.
 """
 
 import functools

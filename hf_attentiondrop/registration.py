@@ -1,5 +1,5 @@
 """What importing the package changes in Transformers: registry entries, two config entries, one checked property of
-configs, and four checked methods of models."""
+configs, and four checked methods of models. The first model that may need it adds a warning to `generate`."""
 
 import functools
 import sys

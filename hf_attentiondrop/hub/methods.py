@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..configuration import AttentionDropConfig
+from ..configuration import FIELDS_OF_VARIANTS, AttentionDropConfig
 from ..reweighting_configuration import (
     AffineScaledConfig,
     AttentionSinkConfig,
@@ -97,8 +97,8 @@ def describe_drop(config: AttentionDropConfig, was_applied: bool = True) -> Meth
 
 
 def _drop(config: AttentionDropConfig) -> Method:
-    names = {"hard": ("p", "k", "fill"), "blur": ("sigma_max", "width")}[config.variant]
-    settings = {name: getattr(config, name) for name in ("variant", *names, "layers", "attentions")}
+    names = ("variant", *FIELDS_OF_VARIANTS[config.variant], "layers", "attentions")
+    settings = {name: getattr(config, name) for name in names}
     if config.variant == "blur":
         return Method(
             "AttentionDrop: blurred attention smoothing",
