@@ -126,6 +126,7 @@ def test_the_sweep_does_not_shrink() -> None:
     assert set(SILENT.split()) <= set(REFUSED)
 
 
+@pytest.mark.slow
 def test_the_documented_table_is_what_the_models_do() -> None:
     document = (Path(__file__).parents[1] / "docs" / "supported_models.md").read_text(encoding="utf-8")
     version = Version(transformers.__version__)

@@ -372,7 +372,11 @@ def test_gradient_checkpointing_changes_nothing(family: str, name: str, use_reen
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("bert", "affine_and_gate"), ("llama", "affine_scaled"), ("marian", "attention_sink")],
+    [
+        ("llama", "affine_scaled"),
+        pytest.param("bert", "affine_and_gate", marks=pytest.mark.slow),
+        pytest.param("marian", "attention_sink", marks=pytest.mark.slow),
+    ],
 )
 def test_training_compiles_in_one_graph(family: str, name: str) -> None:
     require_one_graph(family)
@@ -393,6 +397,7 @@ def test_training_compiles_in_one_graph(family: str, name: str) -> None:
         torch.testing.assert_close(learned(other)[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_and_gradient_checkpointing_together_update_once() -> None:
     model, batch = randomise(build_reweighted("llama")).train(), inputs("llama")
     other = copy.deepcopy(model)

@@ -188,6 +188,7 @@ def test_configure_leaves_out_what_cannot_be_read() -> None:
     assert model.config.text_config.attention_drop.p == 0.2
 
 
+@pytest.mark.slow
 def test_an_assignment_reaches_a_compiled_model() -> None:
     model, batch = build("llama", dropout=False, attention_drop={"p": 0.9}).train(), inputs("llama")
     torch._dynamo.reset()

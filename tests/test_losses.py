@@ -255,6 +255,7 @@ def test_bad_arguments_are_refused(message: str, arguments: dict) -> None:
         consistency_loss(**{"logits": torch.zeros(4, 5), **arguments})
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_less_memory_than_the_plain_form(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     options = {

@@ -154,7 +154,9 @@ def test_a_schedule_of_a_model_that_would_ignore_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "drop", [AttentionDropConfig(p=0.5), AttentionDropConfig(variant="blur")], ids=["hard", "blur"]
+    "drop",
+    [AttentionDropConfig(p=0.5), pytest.param(AttentionDropConfig(variant="blur"), marks=pytest.mark.slow)],
+    ids=["hard", "blur"],
 )
 def test_a_scheduled_value_does_not_compile_again(drop: AttentionDropConfig) -> None:
     torch._dynamo.reset()

@@ -109,6 +109,7 @@ print(sorted(metrics.compute(predictions=[[2.0, 0.0], [0.0, 1.0]], references=[0
 """
 
 
+@pytest.mark.slow
 def test_they_load_with_an_empty_cache_and_no_network(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

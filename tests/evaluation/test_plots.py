@@ -195,6 +195,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert [line.get_xdata().tolist() for line in figure.axes[0].get_lines()] == [[1, 2], [1, 2], [2]]
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_involved_and_matplotlib_is_imported_late() -> None:
     program = """
 import sys

@@ -216,6 +216,7 @@ def test_autocast_finds_states_of_two_types() -> None:
     torch.testing.assert_close(output, hard_attention(*rounded, drawn), rtol=0, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_gpus_and_stays_in_their_registers(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     root = Path(__file__).parents[2]
