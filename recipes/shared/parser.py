@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.evaluation.hub_access import offline_if_cut_off
 
 from .arguments import attention_options, settings_left_out
 
@@ -150,9 +151,13 @@ class RecipeParser(HfArgumentParser):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """What is done before anything is written: bad input, and Ctrl-C, end in one line."""
+        """What is done before anything is written: bad input, and Ctrl-C, end in one line; a Hub that does not answer
+        is asked once, and not for half a minute for every file."""
+        names = [self.values.get(name) for name in ("model_name_or_path", "dataset_name")]
         try:
-            with self.refusing_bad_input():
+            with self.refusing_bad_input(), ExitStack() as stack:
+                for name in filter(None, names):
+                    stack.enter_context(offline_if_cut_off(name))
                 yield
         except KeyboardInterrupt:
             self.stop(130, "interrupted before the training; nothing was written.")

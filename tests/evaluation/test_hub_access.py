@@ -14,6 +14,7 @@ from hf_attentiondrop.evaluation import hub_access
 from hf_attentiondrop.evaluation.hub_access import check_path, offline_if_cut_off
 
 from ..hub_server import running_hub
+from ..recipe_runs import load, refusal
 
 
 @pytest.fixture
@@ -46,6 +47,18 @@ def test_a_model_that_is_nowhere_is_refused_at_once(
     assert time.monotonic() - start < 10
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and f"{arguments[1]!r} is no folder here" in line, line
+    assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name"])
+def test_a_recipe_does_not_wait_for_the_hub(
+    flag: str, cut_off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load("text_classification", monkeypatch)
+    start = time.monotonic()
+    line = refusal(recipe, capfd, flag, "nope/nothing", "--output_dir", tmp_path / "out")
+    assert time.monotonic() - start < 10
+    assert "nope/nothing" in line and not (tmp_path / "out").exists()
     assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
 
 
