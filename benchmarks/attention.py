@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
-from hf_attentiondrop.attention import attention_drop_forward, reweighted_attention_forward
+from hf_attentiondrop.integration.functions import attention_drop_forward, reweighted_attention_forward
 
 
 @dataclass(frozen=True)

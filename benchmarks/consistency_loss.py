@@ -21,7 +21,7 @@ from measuring import alternating_milliseconds, hardware, measure_memory, peak_m
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from hf_attentiondrop.losses import DIVERGENCES, consistency_loss
+from hf_attentiondrop.training.losses import DIVERGENCES, consistency_loss
 
 
 DTYPES = ("float32", "bfloat16")

@@ -11,37 +11,37 @@ from .version import __version__, require_minimum_versions
 
 require_minimum_versions()
 
-from .configuration import AttentionDropConfig  # noqa: E402
-from .registration import register  # noqa: E402
-from .report import Report, report  # noqa: E402
-from .reweighting_configuration import (  # noqa: E402
+from .configure import configure, set_base_attention, set_scheduled_value  # noqa: E402
+from .integration.registration import register  # noqa: E402
+from .methods.configuration import AttentionDropConfig  # noqa: E402
+from .methods.reweighting_configuration import (  # noqa: E402
     AffineScaledConfig,
     AttentionSinkConfig,
     GatedAttentionConfig,
 )
-from .settings import configure, set_base_attention, set_scheduled_value  # noqa: E402
+from .report import Report, report  # noqa: E402
 
 
 if TYPE_CHECKING:
-    from .losses import consistency_loss
-    from .trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
-    from .training_args import (
+    from .training.arguments import (
         AttentionDropSeq2SeqTrainingArguments,
         AttentionDropTrainingArguments,
         ConsistencyArguments,
     )
+    from .training.losses import consistency_loss
+    from .training.trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
 
 register()
 
 # Loaded when first asked for: a training loop of one's own does not need the Trainer and what it imports.
 _LAZY = {
-    "AttentionDropSeq2SeqTrainer": "trainer",
-    "AttentionDropSeq2SeqTrainingArguments": "training_args",
-    "AttentionDropTrainer": "trainer",
-    "AttentionDropTrainingArguments": "training_args",
-    "ConsistencyArguments": "training_args",
-    "ConsistencyTrainerMixin": "trainer",
-    "consistency_loss": "losses",
+    "AttentionDropSeq2SeqTrainer": "training.trainer",
+    "AttentionDropSeq2SeqTrainingArguments": "training.arguments",
+    "AttentionDropTrainer": "training.trainer",
+    "AttentionDropTrainingArguments": "training.arguments",
+    "ConsistencyArguments": "training.arguments",
+    "ConsistencyTrainerMixin": "training.trainer",
+    "consistency_loss": "training.losses",
 }
 
 __all__ = [
@@ -68,7 +68,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _LAZY[name] in ("trainer", "training_args") and importlib.util.find_spec("accelerate") is None:
+    if _LAZY[name] != "training.losses" and importlib.util.find_spec("accelerate") is None:
         raise ImportError(
             f"{name} builds on Transformers' Trainer, which needs accelerate. Install it with: pip install accelerate"
         )

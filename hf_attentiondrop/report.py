@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .attention import runs_attention_drop
-from .settings import transformers_models
-from .sites import SDPA, attention_dropout, attention_modules
+from .configure import transformers_models
+from .integration.functions import runs_attention_drop
+from .methods.sites import SDPA, attention_dropout, attention_modules
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
+from hf_attentiondrop.cli.checkpoint import longest_text
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
-from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
 from hf_attentiondrop.evaluation.pretrained import load_processor
 

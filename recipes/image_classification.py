@@ -61,7 +61,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.evaluation.checkpoint import channels_of, check_channels
+from hf_attentiondrop.cli.checkpoint import channels_of, check_channels
 from hf_attentiondrop.evaluation.images import encoded_images, read_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor

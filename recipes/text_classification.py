@@ -61,8 +61,8 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
+from hf_attentiondrop.cli.checkpoint import longest_text
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
-from hf_attentiondrop.evaluation.checkpoint import longest_text
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 from hf_attentiondrop.evaluation.pretrained import load_processor
 

@@ -66,10 +66,10 @@ from transformers import (
 )
 
 from hf_attentiondrop import set_base_attention
-from hf_attentiondrop.evaluation.checkpoint import longest_text
+from hf_attentiondrop.cli.checkpoint import longest_text
 from hf_attentiondrop.evaluation.pretrained import load_processor
-from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer
-from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments
+from hf_attentiondrop.training.arguments import AttentionDropSeq2SeqTrainingArguments
+from hf_attentiondrop.training.trainer import AttentionDropSeq2SeqTrainer
 
 
 PAD, EOS = "<pad>", "</s>"

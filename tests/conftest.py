@@ -54,7 +54,7 @@ def flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention without a GPU: its graphs as they are, and with derivatives, which it refuses there."""
     from torch.nn.attention import flex_attention as flex
 
-    from hf_attentiondrop.functional import hard_flex
+    from hf_attentiondrop.functional.hard import flex as hard_flex
 
     if not torch.cuda.is_available():
         compiled = hard_flex.compile_for_many_calls(flex.flex_attention, fullgraph=True, backend="aot_eager")

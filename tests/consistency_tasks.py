@@ -22,8 +22,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_attentiondrop.trainer import AttentionDropTrainer
-from hf_attentiondrop.training_args import AttentionDropTrainingArguments, ConsistencyArguments
+from hf_attentiondrop.training.arguments import AttentionDropTrainingArguments, ConsistencyArguments
+from hf_attentiondrop.training.trainer import AttentionDropTrainer
 
 from .models import VOCAB_SIZE, build
 

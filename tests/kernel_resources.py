@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_attentiondrop.functional.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, _find_top_scores, _precision
+from hf_attentiondrop.functional.hard.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, _find_top_scores, _precision
 
 
 POINTERS = {"mask": "*u8", "index": "*i32"}

@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig, GatedAttentionConfig
-from hf_attentiondrop.reweighting import AffineScaling, Reweighting
+from hf_attentiondrop.methods.reweighting import AffineScaling, Reweighting
 
 from .models import build, enable_checkpointing, inputs, require_one_graph
 from .test_registration import TINY, TINY_CLIP

@@ -12,10 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
-from hf_attentiondrop import AttentionDropConfig, hard
-from hf_attentiondrop.attention import attention_drop_forward
-from hf_attentiondrop.functional import blocks
-from hf_attentiondrop.sites import AttentionSite
+from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.functional.hard import blocks
+from hf_attentiondrop.integration.functions import attention_drop_forward
+from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods.sites import AttentionSite
 
 from . import reference
 from .cases import CASES, CASES_BY_NAME, AttentionCase

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_attentiondrop.reporting import evaluate_checkpoint
+from hf_attentiondrop.cli.reporting import evaluate_checkpoint
 
 from .models import build
 from .recipe_runs import load

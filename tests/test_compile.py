@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, hard, report
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
+from hf_attentiondrop.methods import hard
 
 from .models import build, enable_checkpointing, inputs, require_one_graph
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, BertConfig, CLIPConfig, LlavaConfig, PreTrainedConfig
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, GatedAttentionConfig
-from hf_attentiondrop.config_entries import register_config_entry
+from hf_attentiondrop.integration.config_entries import register_config_entry
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_attentiondrop.consistency import LabelAlignment, answer_losses, has_dropout, output_divergence
-from hf_attentiondrop.losses import consistency_loss
+from hf_attentiondrop.training.consistency import LabelAlignment, answer_losses, has_dropout, output_divergence
+from hf_attentiondrop.training.losses import consistency_loss
 
 from .models import build
 

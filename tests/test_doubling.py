@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_attentiondrop.doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+from hf_attentiondrop.training.doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
 
 from .models import build, inputs
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_attentiondrop import hard
-from hf_attentiondrop.attention import attention_drop_forward
 from hf_attentiondrop.functional import hard_attention
+from hf_attentiondrop.integration.functions import attention_drop_forward
+from hf_attentiondrop.methods import hard
 
 from .cases import CASES_BY_NAME
 from .test_attention import VARIANTS, make_module

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hf_attentiondrop import generation
+from hf_attentiondrop.integration import generation
 
 from .models import build, inputs
 

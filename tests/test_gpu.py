@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import MarianMTModel
 
-from hf_attentiondrop import AttentionDropConfig, hard
-from hf_attentiondrop.attention import attention_drop_forward
+from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.functional import draw_ranks, flex_hard_attention, hard_attention, num_visible_keys
+from hf_attentiondrop.integration.functions import attention_drop_forward
+from hf_attentiondrop.methods import hard
 
 from .cases import CASES, CASES_BY_NAME, AttentionCase
 from .models import build, enable_checkpointing, inputs

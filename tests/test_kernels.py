@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, report, set_base_attention
-from hf_attentiondrop.kernels import attend_with
-from hf_attentiondrop.parts import configs_of
+from hf_attentiondrop.attention.kernels import attend_with
+from hf_attentiondrop.attention.parts import configs_of
 
 from . import reference
 from .cases import CASES, AttentionCase

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_attentiondrop.consistency import LabelAlignment
-from hf_attentiondrop.label_shift import shifts_labels
+from hf_attentiondrop.training.consistency import LabelAlignment
+from hf_attentiondrop.training.label_shift import shifts_labels
 
 from .architectures import ARCHITECTURES, tiny_config
 from .models import build, inputs

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hf_attentiondrop.losses as losses
-from hf_attentiondrop.losses import DIVERGENCES, PROBLEM_TYPES, consistency_loss
+import hf_attentiondrop.training.losses as losses
+from hf_attentiondrop.training.losses import DIVERGENCES, PROBLEM_TYPES, consistency_loss
 
 
 SHAPES = {"rows": (8, 5), "tokens": (6, 7, 11), "one_class": (4, 1), "grid": (4, 2, 3, 6)}

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, PreTrainedModel
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
 
 from .recipe_runs import RECIPES, launch, load, refusal
 

@@ -29,8 +29,8 @@ from transformers import (
 
 import hf_attentiondrop
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.registration import register
-from hf_attentiondrop.sites import uses_attention_interface
+from hf_attentiondrop.integration.registration import register
+from hf_attentiondrop.methods.sites import uses_attention_interface
 
 from .models import build, inputs
 

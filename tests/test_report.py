@@ -6,7 +6,7 @@ from torch import nn
 from transformers import SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
 
 from hf_attentiondrop import AttentionDropConfig, attention, configure, report
-from hf_attentiondrop.sites import attention_dropout
+from hf_attentiondrop.methods.sites import attention_dropout
 
 from .models import build, enable_checkpointing, inputs
 

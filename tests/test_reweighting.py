@@ -14,9 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, AttentionSinkConfig, GatedAttentionConfig
-from hf_attentiondrop.attention import reweighted_attention_forward
-from hf_attentiondrop.reweighting import MODULES, Dimensions
-from hf_attentiondrop.reweighting_configuration import ReweightingConfig
+from hf_attentiondrop.integration.functions import reweighted_attention_forward
+from hf_attentiondrop.methods.reweighting import MODULES, Dimensions
+from hf_attentiondrop.methods.reweighting_configuration import ReweightingConfig
 
 from . import reference
 from .cases import CASES, CASES_BY_NAME, AttentionCase

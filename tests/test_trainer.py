@@ -16,11 +16,15 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-import hf_attentiondrop.blur as blur
+import hf_attentiondrop.methods.blur as blur
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.losses import consistency_loss
-from hf_attentiondrop.trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
-from hf_attentiondrop.training_args import AttentionDropSeq2SeqTrainingArguments, AttentionDropTrainingArguments
+from hf_attentiondrop.training.arguments import AttentionDropSeq2SeqTrainingArguments, AttentionDropTrainingArguments
+from hf_attentiondrop.training.losses import consistency_loss
+from hf_attentiondrop.training.trainer import (
+    AttentionDropSeq2SeqTrainer,
+    AttentionDropTrainer,
+    ConsistencyTrainerMixin,
+)
 
 from .consistency_tasks import (
     SMOOTHINGS,

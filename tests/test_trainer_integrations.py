@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.losses import consistency_loss
-from hf_attentiondrop.trainer import AttentionDropTrainer, ConsistencyTrainerMixin
+from hf_attentiondrop.training.losses import consistency_loss
+from hf_attentiondrop.training.trainer import AttentionDropTrainer, ConsistencyTrainerMixin
 
 from .consistency_tasks import (
     arguments,

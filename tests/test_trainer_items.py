@@ -17,9 +17,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_attentiondrop.losses import consistency_loss
-from hf_attentiondrop.trainer import AttentionDropTrainer, ConsistencyTrainerMixin
-from hf_attentiondrop.training_args import AttentionDropTrainingArguments
+from hf_attentiondrop.training.arguments import AttentionDropTrainingArguments
+from hf_attentiondrop.training.losses import consistency_loss
+from hf_attentiondrop.training.trainer import AttentionDropTrainer, ConsistencyTrainerMixin
 
 from .consistency_tasks import GradientRecorder, arguments, gradients_of, perturb_embeddings
 from .models import VOCAB_SIZE, build

@@ -72,7 +72,7 @@ def test_two_copies_of_a_sample_in_one_batch_differ(family: str, variant: str) -
 
 def test_sigma_is_uniform_and_independent_over_samples_layers_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    import hf_attentiondrop.blur as blur
+    import hf_attentiondrop.methods.blur as blur
 
     original = blur.blur_keys
     monkeypatch.setattr(blur, "blur_keys", lambda key, sigma, seen: drawn.append(sigma) or original(key, sigma, seen))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_attentiondrop.training_args import (
+from hf_attentiondrop.training.arguments import (
     AttentionDropSeq2SeqTrainingArguments,
     AttentionDropTrainingArguments,
     ConsistencyArguments,

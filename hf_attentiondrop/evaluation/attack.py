@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..configuration import Configuration, is_integer, is_number
+from ..methods.configuration import Configuration, is_integer, is_number
 
 
 class Ball(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..settings import transformers_model
+from ..configure import transformers_model
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import (
@@ -169,7 +169,7 @@ def save_plots(
     Raises:
         ImportError: where matplotlib is missing.
     """
-    from . import plots
+    from ..evaluation import plots
 
     figures = {}
     if evaluation is not None:

@@ -6,14 +6,15 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 """
 
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
+from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
 from .gate import gate_output
-from .hard import FILLS, draw_hits, draw_ranks, mask_top_scores, num_candidates
-from .hard_blocks import hard_attention
-from .hard_flex import block_mask, flex_hard_attention
+from .hard.blockwise import hard_attention
+from .hard.flex import flex_hard_attention
+from .hard.masking import FILLS, draw_hits, draw_ranks, mask_top_scores, num_candidates
+from .prefix_sums import VisibleSums, visible_sums
 from .scores import attention_scores, expand_heads
 from .sink import prepend_sink, show_sink
-from .sums import VisibleSums, visible_sums
 from .visibility import (
     mixes_documents,
     num_visible_keys,

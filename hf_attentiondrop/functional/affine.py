@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .sums import VisibleSums
+from .prefix_sums import VisibleSums
 
 
 ACTIVATIONS = ("linear_clip", "sigmoid")

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..configuration import FIELDS_OF_VARIANTS, AttentionDropConfig
-from ..reweighting_configuration import (
+from ..methods.configuration import FIELDS_OF_VARIANTS, AttentionDropConfig
+from ..methods.reweighting_configuration import (
     AffineScaledConfig,
     AttentionSinkConfig,
     GatedAttentionConfig,
     ReweightingConfig,
 )
-from ..training_args import ConsistencyArguments
+from ..training.arguments import ConsistencyArguments
 
 
 PAPERS = {

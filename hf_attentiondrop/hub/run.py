@@ -22,12 +22,12 @@ from transformers import (
 )
 from transformers.modelcard import TASK_MAPPING
 
-from ..dropout import dropout_of
-from ..losses import NO_DIVERGENCE
+from ..attention.dropout import dropout_of
+from ..configure import transformers_model
+from ..methods.sites import attention_modules
 from ..report import report
-from ..settings import transformers_model
-from ..sites import attention_modules
-from ..training_args import ConsistencyArguments
+from ..training.arguments import ConsistencyArguments
+from ..training.losses import NO_DIVERGENCE
 from .content import CardContent, Data
 from .methods import Method, describe_consistency, describe_drop, describe_reweighting
 

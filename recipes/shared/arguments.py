@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.configuration import FIELDS_OF_VARIANTS
-from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods.configuration import FIELDS_OF_VARIANTS
+from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
 
 
 ATTENTION_DROP = "attentiondrop"

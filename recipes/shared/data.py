@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-from hf_attentiondrop.evaluation.classes import check_all_labelled
+from hf_attentiondrop.cli.classes import check_all_labelled
 from hf_attentiondrop.evaluation.reading import load_splits
 
 from .arguments import check_at_least_one, check_path

@@ -8,8 +8,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
 
+from hf_attentiondrop.cli.labelled_data import read_value
 from hf_attentiondrop.evaluation.images import read_image
-from hf_attentiondrop.evaluation.labelled_data import read_value
 
 
 CHUNK = 64

@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_attentiondrop.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
 
 from .arguments import ModelArguments, check_path
 

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from hf_attentiondrop.consistency import has_dropout
-from hf_attentiondrop.dropout import with_dropout
+from hf_attentiondrop.attention.dropout import with_dropout
 from hf_attentiondrop.evaluation.pretrained import SHOWN_WEIGHTS, describe_wrappers, first_of, load_weights
+from hf_attentiondrop.training.consistency import has_dropout
 
 from .arguments import ModelArguments
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArg
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
 import hf_attentiondrop
-from hf_attentiondrop.dropout import dropout_of
+from hf_attentiondrop.attention.dropout import dropout_of
 from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
 from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE

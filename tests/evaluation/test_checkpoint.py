@@ -27,7 +27,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_attentiondrop.evaluation.checkpoint import load_classifier, longest_text
+from hf_attentiondrop.cli.checkpoint import load_classifier, longest_text
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
 
 

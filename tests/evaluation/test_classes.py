@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features
 from transformers import BertConfig
 
-from hf_attentiondrop.evaluation.classes import class_numbers
+from hf_attentiondrop.cli.classes import class_numbers
 
 
 ANIMALS = {0: "cat", 1: "dog", 2: "owl"}

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil
 
-from hf_attentiondrop.evaluation.labelled_data import labelled_batches, load_labelled
+from hf_attentiondrop.cli.labelled_data import labelled_batches, load_labelled
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import blocks, draw_ranks, hard_attention, mask_top_scores
+from hf_attentiondrop.functional import draw_ranks, hard_attention, mask_top_scores
+from hf_attentiondrop.functional.hard import blocks
 
 from ..cases import CASES_BY_NAME
 

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
-from hf_attentiondrop.functional import block_mask, draw_ranks, flex_hard_attention, hard_attention, hard_flex
-from hf_attentiondrop.functional.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, top_score_indices
+from hf_attentiondrop.functional import block_mask, draw_ranks, flex_hard_attention, hard_attention
+from hf_attentiondrop.functional.hard import flex as hard_flex
+from hf_attentiondrop.functional.hard.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, top_score_indices
 
 from .. import reference
 from ..cases import CASES_BY_NAME

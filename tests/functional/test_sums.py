@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attentiondrop.functional import VisibleSums, rescale_output, sums, visible_sums
+from hf_attentiondrop.functional import VisibleSums, rescale_output, visible_sums
+from hf_attentiondrop.functional import prefix_sums as sums
 
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
 

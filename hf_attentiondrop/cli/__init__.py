@@ -1,0 +1,6 @@
+"""The command line `hf-attentiondrop`."""
+
+from .main import main
+
+
+__all__ = ["main"]
