@@ -13,12 +13,14 @@ require_minimum_versions()
 
 from .configure import configure, set_base_attention, set_scheduled_value  # noqa: E402
 from .integration.registration import register  # noqa: E402
-from .methods.configuration import AttentionDropConfig  # noqa: E402
-from .methods.reweighting_configuration import (  # noqa: E402
+from .methods import (  # noqa: E402
     AffineScaledConfig,
     AttentionSinkConfig,
+    BlurredSmoothing,
     GatedAttentionConfig,
+    HardMasking,
 )
+from .methods.parsing import AttentionDropConfig  # noqa: E402
 from .report import Report, report  # noqa: E402
 
 
@@ -52,9 +54,11 @@ __all__ = [
     "AttentionDropTrainer",
     "AttentionDropTrainingArguments",
     "AttentionSinkConfig",
+    "BlurredSmoothing",
     "ConsistencyArguments",
     "ConsistencyTrainerMixin",
     "GatedAttentionConfig",
+    "HardMasking",
     "Report",
     "__version__",
     "configure",

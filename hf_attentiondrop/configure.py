@@ -1,7 +1,7 @@
-"""What can be changed of a model that is loaded already."""
+"""Changes to a model that is loaded already: what perturbs it, scheduled values, and the base attention."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -9,38 +9,40 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention.call import SDPA
 from .attention.kernels import can_be_base, serves_cross_attention
-from .attention.parts import configs_of
-from .integration.config_entries import accept_given_entries, attention_drop_of
-from .integration.functions import NAME, runs_attention_drop
+from .attention.parts import configs_of, transformers_models
+from .integration.config_entries import accept_given_entries
+from .integration.functions import ATTENTION_DROP, is_perturbable, perturbations_of_module
 from .integration.implementations import FUNCTIONS, place_running, running_modules
 from .integration.switching import whole_or_nothing
-from .methods.configuration import CONFIG_KEY, FIELDS_OF_VARIANTS, AttentionDropConfig
-from .methods.sites import SDPA, AttentionSite, check_selection, refuse_capped_blur
+from .methods.method import ATTENTION_DROP_KEY, Perturbation
+from .methods.parsing import PerturbationLike, perturbations_from
+from .methods.state import ModuleState
 
 
 logger = logging.getLogger(__name__)
 
 
-def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None:
-    """Changes what AttentionDrop does to a model that is loaded already, from its next forward pass on.
+def configure(model: Any, attention_drop: PerturbationLike | Sequence[PerturbationLike]) -> None:
+    """Changes what perturbs a model that is loaded already, from its next forward pass on.
 
     The new configuration replaces the earlier one, as an `attention_drop` given to `from_pretrained` replaces that of
-    the checkpoint: `layers=[3]` after `layers=[0]` perturbs layer 3 alone, and a field that the new one does not name
-    goes back to its default, a dict's as well as an object's. A warning names the fields that this changes. To keep
-    them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
+    the checkpoint: `layers=[3]` after `layers=[0]` perturbs layer 3 alone, and a setting that the new one does not
+    name goes back to its default, in a dict as well as in an object. A warning names the settings that this changes.
+    To keep them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
 
-    To vary `p` or `sigma_max` in the course of training, use [`set_scheduled_value`]: what is configured here ends up
-    in config.json.
+    To vary `p` or `sigma_max` during training, use [`set_scheduled_value`]: the configuration ends up in config.json.
 
     Args:
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
-            wrapper around one (PEFT, DDP). A compiled one is not compiled anew for another `p` or `sigma_max`.
-        drop: an [`AttentionDropConfig`] or a dict of its fields. It is written to the model's config, sub-configs
-            included, and ends a schedule.
+            wrapper around one (PEFT, DDP). A compiled one does not recompile for another `p` or `sigma_max`.
+        attention_drop: a perturbation such as [`HardMasking`], a dict of its settings, or a list of these, of which
+            the first runs around the last. It is written to the model's config, sub-configs included, and ends a
+            schedule.
 
     Raises:
-        ValueError: if no part of the model uses any of them, or the configuration selects what it does not have.
+        ValueError: if no part of the model uses this package, or the configuration selects nothing in the model.
         TypeError: if there is no Transformers model in `model`.
 
     Example:
@@ -48,52 +50,44 @@ def configure(model: Any, drop: AttentionDropConfig | Mapping[str, Any]) -> None
     >>> from transformers import BertConfig, BertModel
     >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
     >>> model = BertModel._from_config(config, attn_implementation="attentiondrop")
-    >>> configure(model, AttentionDropConfig(variant="blur", layers=[-1]))
-    >>> model.config.attention_drop.variant
-    'blur'
+    >>> configure(model, {"variant": "blur", "layers": [-1]})
+    >>> model.config.attention_drop
+    BlurredSmoothing(sigma_max=1.0, width=5, layers=(-1,), attentions=('encoder_self', 'decoder_self'))
     """
-    named = set(drop) if isinstance(drop, Mapping) else set()
-    drop = AttentionDropConfig.from_dict(drop)
+    perturbations = perturbations_from(attention_drop)  # Raises for bad input, before anything changes.
     bases = _running_models(model, "the configuration")
+    configs = [config for base in bases for config in configs_of(base.config)]
+    previous = [config.__dict__.get(ATTENTION_DROP_KEY) for config in configs]
     with ExitStack() as stack:
         for base in bases:
             stack.enter_context(whole_or_nothing(base))
-        previous = [(config, config.__dict__.get(CONFIG_KEY)) for base in bases for config in configs_of(base.config)]
         for base in bases:
-            place_running(base)
-            base.config.attention_drop = drop
-            sites = _running_sites(base)
-            selections = [(site, attention_drop_of(site.config)) for site in sites]
-            check_selection(type(base).__name__, CONFIG_KEY, selections)
-            refuse_capped_blur(base, sites)
-        accept_given_entries(config for config, _ in previous)
-    # One that a newer release wrote may be anything.
-    previous = [(config, entry) for config, entry in previous if isinstance(entry, dict)]
-    _warn_of_reset_fields([entry for _, entry in previous], drop, named)
-    for config, entry in previous:
-        # A compiled model compiles anew where it finds another entry, but not where it finds the same with another p.
-        entry.clear()
-        entry.update(config.__dict__[CONFIG_KEY])
-        config.__dict__[CONFIG_KEY] = entry
-    for base in bases:
-        for site in _running_sites(base):
-            site.scheduled = None
-            site.refresh()
+            modules = place_running(base)
+            base.config.attention_drop = attention_drop
+            for module in modules:
+                for perturbation, _ in perturbations_of_module(module):
+                    perturbation.check_module(module)
+        accept_given_entries(configs)
+    if not isinstance(attention_drop, (list, tuple)):
+        named = set(attention_drop) if isinstance(attention_drop, Mapping) else set()
+        _warn_of_reset_settings(previous, perturbations[0], named)
 
 
-def set_scheduled_value(model: Any, value: float | None) -> None:
-    """Sets what a schedule varies, `p` under `variant="hard"` and `sigma_max` under `"blur"`, until it is set again.
+def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -> None:
+    """Sets the setting that a schedule varies, `p` or under `"blur"` `sigma_max`, until it is set again.
 
-    The configuration stays as it is, so config.json tells what was configured, whenever a checkpoint is saved. The
+    The configuration does not change, so config.json tells what was configured, whenever a checkpoint is saved. The
     value is not part of a checkpoint: a schedule sets it anew from the step at which it resumes. [`report`] shows it
-    beside the configured one. A compiled model is not compiled anew.
+    next to the configured one. A compiled model does not recompile.
 
     Args:
-        model: a Transformers model that AttentionDrop perturbs, or a wrapper around one (PEFT, DDP).
-        value: of `p` or `sigma_max`, or `None` to go back to the configured one.
+        model: a Transformers model that is perturbed in training, or a wrapper around one (PEFT, DDP).
+        value: of `p` or `sigma_max`; with several variants, a dict of variant to value; or `None` to go back to the
+            configured values.
 
     Raises:
-        ValueError: if the value is out of range, or if no part of the model is perturbed.
+        ValueError: if the value is out of range, if no part of the model is perturbed, or if a single value is given
+            for several variants.
         TypeError: if there is no Transformers model in `model`.
 
     Example:
@@ -108,21 +102,18 @@ def set_scheduled_value(model: Any, value: float | None) -> None:
     0.2
     """
     bases = _running_models(model, "a scheduled value")
-    modules = [module for base in bases for module in _running_modules(base)]
-    sites = [module.attention_drop_site for module in modules if runs_attention_drop(module)]
-    drops = {site.drop for site in sites if site.drop.can_act and site.is_selected_by(site.drop)}
-    if not drops:
+    modules = [module for base in bases for module in _running_modules(base) if is_perturbable(module)]
+    states = [module.attention_drop_state for module in modules]
+    perturbations = {p for state in states for p in state.perturbations if p.can_act and p.selects(state.place)}
+    if not perturbations:
         raise ValueError(
             f"AttentionDrop is not configured for {type(bases[0]).__name__}, or perturbs nothing at any value, so a "
-            "scheduled one would have no effect. Call configure(model, AttentionDropConfig(...)) first; blur takes a "
-            "width above 1."
+            "scheduled one would have no effect. Call configure(model, HardMasking(...)) first; blur takes a width "
+            "above 1."
         )
-    if value is not None:
-        for drop in drops:
-            # Raises for a value that is out of range.
-            value = getattr(replace(drop, **{drop.scheduled_field: value}), drop.scheduled_field)
-    for site in sites:
-        site.schedule(value)
+    values = {} if value is None else _by_variant(value, perturbations)
+    for state in states:
+        state.schedule(values)
 
 
 def set_base_attention(model: Any, attn_implementation: str) -> None:
@@ -162,40 +153,12 @@ def set_base_attention(model: Any, attn_implementation: str) -> None:
                 "registered with AttentionMaskInterface.register(name, sdpa_mask)."
             )
     for base, name in zip(bases, names, strict=True):
-        for site in _running_sites(base):
-            site.base = name if site.kind != "cross" or serves_cross_attention(name) else SDPA
-
-
-def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
-    """The Transformers models in a wrapper, by name: each [`~transformers.PreTrainedModel`] that is in no other.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    found = {}
-    for name, module in getattr(model, "named_modules", tuple)():
-        is_inside = any(f".{name}".startswith(f".{other}." if other else ".") for other in found)
-        if isinstance(module, PreTrainedModel) and not is_inside:
-            found[name] = module
-    if not found:
-        raise TypeError(
-            f"Expected a Transformers model or a module that holds one, got {type(model).__name__}: only Transformers "
-            "models dispatch their attention through the interface that AttentionDrop plugs into."
-        )
-    return found
-
-
-def transformers_model(model: Any) -> PreTrainedModel:
-    """The first of [`transformers_models`].
-
-    Raises:
-        TypeError: if there is none.
-    """
-    return next(iter(transformers_models(model).values()))
+        for state in _running_states(base):
+            state.base = name if state.place.kind != "cross" or serves_cross_attention(name) else SDPA
 
 
 def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
-    """Those that run an implementation of this package somewhere; there must be one for `what` to act on."""
+    """Returns the models that run an implementation of this package; `what` needs at least one to act on."""
     found = list(transformers_models(model).values())
     running = [base for base in found if _running_modules(base)]
     if not running:
@@ -203,37 +166,63 @@ def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
             f"{type(base).__name__} uses attn_implementation={base.config._attn_implementation!r}" for base in found
         )
         raise ValueError(
-            f'{uses}, so {what} would have no effect. Call model.set_attn_implementation("{NAME}") first, or load the '
-            "model with it."
+            f'{uses}, so {what} would have no effect. Call model.set_attn_implementation("{ATTENTION_DROP}") first, '
+            "or load the model with it."
         )
     return running
 
 
 def _running_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that run an implementation of this package, copied modules included; all have their site."""
+    """Returns the modules that run an implementation of this package, copied modules included, with their state."""
     running = running_modules(model)
-    if any(not hasattr(module, "attention_drop_site") for module in running):
+    if any(not hasattr(module, "attention_drop_state") for module in running):
         place_running(model)
     return running
 
 
-def _running_sites(model: PreTrainedModel) -> list[AttentionSite]:
-    return [module.attention_drop_site for module in _running_modules(model)]
+def _running_states(model: PreTrainedModel) -> list[ModuleState]:
+    return [module.attention_drop_state for module in _running_modules(model)]
 
 
-def _warn_of_reset_fields(entries: list[dict[str, Any]], drop: AttentionDropConfig, named: set[str]) -> None:
-    """Warns of fields that go back to their defaults without being named: whoever left them out may want them kept."""
-    new, defaults = drop.to_dict(), AttentionDropConfig().to_dict()
-    unused = {name for names in FIELDS_OF_VARIANTS.values() for name in names} - {*FIELDS_OF_VARIANTS[drop.variant]}
+def _by_variant(value: float | Mapping[str, float], perturbations: set[Perturbation]) -> dict[str, float]:
+    """Checks scheduled values, and returns them by variant as plain numbers."""
+    variants = sorted({perturbation.variant for perturbation in perturbations})
+    if not isinstance(value, Mapping):
+        if len(variants) > 1:
+            raise ValueError(
+                f"set_scheduled_value: expected a dict of variant to value, got {value!r}: the model has "
+                f"{' and '.join(variants)}, whose values mean different things. For example {{{variants[0]!r}: "
+                f"{value!r}}}; the others go back to their configured values."
+            )
+        value = {variants[0]: value}
+    if unknown := [variant for variant in value if variant not in variants]:
+        raise ValueError(
+            f"set_scheduled_value: {unknown[0]!r} perturbs no module of the model, so its value would have no effect. "
+            f"The variants there are {', '.join(variants)}."
+        )
+    checked = {}
+    for perturbation in perturbations:
+        if perturbation.variant in value:
+            # Raises for a value that is out of range.
+            settings: dict[str, Any] = {perturbation.scheduled: value[perturbation.variant]}
+            changed = replace(perturbation, **settings)
+            checked[perturbation.variant] = changed.scheduled_value
+    return checked
+
+
+def _warn_of_reset_settings(entries: list[Any], perturbation: Perturbation, named: set[str]) -> None:
+    """Warns of settings that go back to their defaults without being named, which may not be intended."""
+    new, defaults = perturbation.to_dict(), type(perturbation)().to_dict()
     reset = {
         name: entry[name]
         for entry in entries
-        for name in new.keys() - named - unused
+        if isinstance(entry, dict)  # A newer release may have written anything.
+        for name in new.keys() - named
         if entry.get(name, defaults[name]) != new[name] == defaults[name]
     }
     if reset:
         changes = ", ".join(f"{name} from {reset[name]!r} to {defaults[name]!r}" for name in new if name in reset)
         logger.warning(
-            f"configure: the new configuration replaces the earlier one and sets what it leaves out to the defaults: "
-            f"{changes}. To keep a value, name it, or change a copy of model.config.attention_drop."
+            f"configure: the new configuration replaces the earlier one and resets settings that it leaves out to "
+            f"their defaults: {changes}. To keep a value, name it, or change a copy of model.config.attention_drop."
         )

@@ -1,14 +1,16 @@
 """A table of what happens to every attention module of a model: AttentionDrop in training, and learned reweighting."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .configure import transformers_models
-from .integration.functions import runs_attention_drop
-from .methods.sites import SDPA, attention_dropout, attention_modules
+from .attention.call import SDPA
+from .attention.dropout import attention_dropout
+from .attention.modules import attention_modules
+from .attention.parts import transformers_models
+from .integration.functions import perturbations_of_module
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,12 @@ class ReportRow:
         kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
         layer: its layer within its stack.
         implementation: the attention implementation it runs, and the base attention below if that is not SDPA.
-        applied: what happens to it in training, in words; empty for nothing.
-        scheduled: the `p` or `sigma_max` that a schedule set it to; `None` for the configured one.
+        applied: the perturbations that act on it in training, joined by " + "; empty for none.
         calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
-        reweighting: what learned weights are attached to it, in words; empty for none.
-        needs_score_matrix: whether attention dropout, which FlexAttention has not, makes it hold all scores on CUDA.
+        reweighting: the learned method attached to it; empty for none.
+        needs_score_matrix: True if attention dropout forces a full score matrix on CUDA (FlexAttention has no
+            dropout).
+        scheduled: values that a schedule has set, by variant.
     """
 
     name: str
@@ -35,7 +38,7 @@ class ReportRow:
     calls: int
     reweighting: str = ""
     needs_score_matrix: bool = False
-    scheduled: float | None = None
+    scheduled: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class Report:
         return tuple(row for row in self.rows if row.applied)
 
     def __str__(self) -> str:
-        table = [("module", "kind", "layer", "implementation", "in training", "calls", "reweighting")]
+        table: list[tuple[str, ...]] = [
+            ("module", "kind", "layer", "implementation", "in training", "calls", "reweighting")
+        ]
         for row in self.rows:
             place = (row.name, row.kind, str(row.layer), row.implementation)
             applied = row.applied or "-"
-            if row.scheduled is not None:
-                applied += f" (now {row.scheduled:.4g})"
+            if len(row.scheduled) == 1:
+                applied += f" (now {next(iter(row.scheduled.values())):.4g})"
+            elif row.scheduled:
+                applied += f" (now {', '.join(f'{name} {value:.4g}' for name, value in row.scheduled.items())})"
             table.append((*place, applied, str(row.calls), row.reweighting or "-"))
         reweighted = sum(bool(row.reweighting) for row in self.rows)
         if not reweighted:
@@ -108,21 +115,22 @@ def report(model: Any) -> Report:
 
 def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
     for name, module in attention_modules(model):
-        site = getattr(module, "attention_drop_site", None)
+        state = getattr(module, "attention_drop_state", None)
         implementation = module.config._attn_implementation
-        if site is None:
+        if state is None:
             yield ReportRow(prefix + name, "-", -1, implementation, "", 0)
             continue
-        reweighting = getattr(module, "reweighting", None)
-        drop = site.perturbation if runs_attention_drop(module) else None
+        learned = getattr(module, "reweighting", None)
+        perturbations = [perturbation for perturbation, _ in perturbations_of_module(module)]
+        dropout = attention_dropout(module)
         yield ReportRow(
             prefix + name,
-            site.kind,
-            site.layer,
-            implementation if site.base == SDPA else f"{implementation} on {site.base}",
-            applied="" if drop is None else drop.summary,
-            calls=int(site.calls),
-            reweighting="" if reweighting is None else reweighting.summary,
-            needs_score_matrix=drop is not None and drop.variant == "hard" and attention_dropout(module) > 0,
-            scheduled=None if drop is None else site.scheduled,
+            state.place.kind,
+            state.place.layer,
+            implementation if state.base == SDPA else f"{implementation} on {state.base}",
+            applied=" + ".join(perturbation.summary for perturbation in perturbations),
+            calls=int(state.calls),
+            reweighting="" if learned is None else learned.summary,
+            needs_score_matrix=any(perturbation.needs_score_matrix(dropout) for perturbation in perturbations),
+            scheduled={p.variant: state.scheduled[p.variant] for p in perturbations if p.variant in state.scheduled},
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from docs.generate_support_table import support_document
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
+from hf_attentiondrop.methods.method import Perturbation
 
 from .architectures import ABSENT, ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
 
@@ -116,7 +117,7 @@ def _differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
     return any(not torch.equal(first[key], second[key]) for key in first)
 
 
-def _trained_with(name: str, drop: AttentionDropConfig) -> PreTrainedModel:
+def _trained_with(name: str, drop: Perturbation) -> PreTrainedModel:
     return build(name, "attentiondrop", attention_drop=drop).train()
 
 
@@ -178,7 +179,7 @@ def test_blur_of_capped_scores_is_refused_when_the_model_is_built(name: str) -> 
 
 
 @_variants(SUPPORTED)
-def test_training_perturbs_every_attention(name: str, drop: AttentionDropConfig) -> None:
+def test_training_perturbs_every_attention(name: str, drop: Perturbation) -> None:
     model = _trained_with(name, drop)
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
@@ -190,7 +191,7 @@ def test_training_perturbs_every_attention(name: str, drop: AttentionDropConfig)
 
 
 @_variants([name for name in SUPPORTED if ARCHITECTURES[name].causal])
-def test_no_token_feels_a_later_one(name: str, drop: AttentionDropConfig) -> None:
+def test_no_token_feels_a_later_one(name: str, drop: Perturbation) -> None:
     model = _trained_with(name, drop)
     inputs = tiny_inputs(name, model)
     key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
@@ -203,7 +204,7 @@ def test_no_token_feels_a_later_one(name: str, drop: AttentionDropConfig) -> Non
 
 
 @_variants([name for name in SUPPORTED if ARCHITECTURES[name].padded])
-def test_no_token_feels_padding(name: str, drop: AttentionDropConfig) -> None:
+def test_no_token_feels_padding(name: str, drop: Perturbation) -> None:
     model = _trained_with(name, drop)
     inputs = tiny_inputs(name, model)
     real = inputs["attention_mask"].bool()

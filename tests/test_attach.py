@@ -30,7 +30,8 @@ from transformers.distributed import DistributedConfig
 
 import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig, GatedAttentionConfig
-from hf_attentiondrop.methods.reweighting import AffineScaling, Reweighting
+from hf_attentiondrop.methods.affine_scaled import AffineScaling
+from hf_attentiondrop.methods.method import LearnedWeights
 
 from .models import build, enable_checkpointing, inputs, require_one_graph
 from .test_registration import TINY, TINY_CLIP
@@ -345,7 +346,7 @@ def test_autocast_trains(name: str, dtype: torch.dtype) -> None:
 def test_learned_weights_can_be_float32_on_a_model_in_half_precision(name: str) -> None:
     model = randomise(build_reweighted("llama", name)).bfloat16().train()
     for module in model.modules():
-        if isinstance(module, Reweighting):
+        if isinstance(module, LearnedWeights):
             module.float()
     model(**inputs("llama")).loss.backward()
     assert all(p.grad.dtype == torch.float32 for key, p in model.named_parameters() if "reweighting" in key)
@@ -515,7 +516,7 @@ def test_the_trainer_resumes_with_weights_and_average(tmp_path: Path) -> None:
 
 def test_no_learned_module_is_a_linear_layer() -> None:
     model = build_reweighted("llama", "affine_and_gate")
-    modules = [module for module in model.modules() if isinstance(module, Reweighting)]
+    modules = [module for module in model.modules() if isinstance(module, LearnedWeights)]
     assert len(modules) == 4 and not any(isinstance(m, nn.Linear) for module in modules for m in module.modules())
 
 

@@ -13,10 +13,13 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.attention.modules import Place
 from hf_attentiondrop.functional.hard import blocks
+from hf_attentiondrop.integration.config_entries import perturbations_of
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard
-from hf_attentiondrop.methods.sites import AttentionSite
+from hf_attentiondrop.methods.method import Perturbation
+from hf_attentiondrop.methods.state import ModuleState
 
 from . import reference
 from .cases import CASES, CASES_BY_NAME, AttentionCase
@@ -32,9 +35,7 @@ SOFTCAP = 2.0
 SINKS = torch.tensor([-1.0, 0.0, 0.5, 1.0], dtype=torch.float64)
 
 
-def make_module(
-    case: AttentionCase, drop: AttentionDropConfig, module_class: type[nn.Module] = nn.Module
-) -> nn.Module:
+def make_module(case: AttentionCase, drop: Perturbation, module_class: type[nn.Module] = nn.Module) -> nn.Module:
     """An attention module with what the attention function reads from one."""
     module = module_class.__new__(module_class)
     nn.Module.__init__(module)
@@ -42,7 +43,9 @@ def make_module(
     module.num_key_value_groups = case.heads // case.kv_heads
     kind = "cross" if case.is_cross else "encoder_self"
     module.config = PreTrainedConfig(attention_drop=replace(drop, attentions=[kind]))
-    module.attention_drop_site = AttentionSite(module.config, kind, "layers", 0, 1)
+    module.config._attn_implementation = "attentiondrop"
+    module.attention_drop_state = ModuleState(module.config, Place(kind, "layers", 0, 1))
+    module.attention_drop_state.configure(perturbations_of(module.config))
     return module
 
 
@@ -55,7 +58,7 @@ def position_bias(case: AttentionCase) -> torch.Tensor | None:
 
 def expected(
     case: AttentionCase,
-    drop: AttentionDropConfig,
+    drop: Perturbation,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -152,7 +155,7 @@ def test_dropout_in_blocks_is_that_of_the_module(fill: str, small_blocks: None) 
     assert ((draws.mean(dim=0) - wanted).abs() <= 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-4).all()
 
 
-def check_against_the_definition(case: AttentionCase, drop: AttentionDropConfig, dropout: float) -> None:
+def check_against_the_definition(case: AttentionCase, drop: Perturbation, dropout: float) -> None:
     module = make_module(case, drop)
 
     def library(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -167,7 +170,7 @@ def check_against_the_definition(case: AttentionCase, drop: AttentionDropConfig,
 
     tensors = case.tensors()
     assert_same(with_gradients(library, *tensors), with_gradients(definition, *tensors))
-    assert module.attention_drop_site.calls == 1
+    assert module.attention_drop_state.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -261,20 +264,20 @@ def test_evaluation_is_sdpa_bit_for_bit(case: AttentionCase) -> None:
     output, weights = attention_drop_forward(module, query, key, value, mask, scaling=0.3, **extras)
     wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3, **extras)
     assert torch.equal(output, wanted)
-    assert weights is None and module.attention_drop_site.calls == 0
+    assert weights is None and module.attention_drop_state.calls == 0
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
     "drop", [AttentionDropConfig(p=0.0), AttentionDropConfig(variant="blur", sigma_max=0.0)], ids=["p", "sigma"]
 )
-def test_nothing_is_drawn_or_counted_when_the_rate_is_zero(drop: AttentionDropConfig) -> None:
+def test_nothing_is_drawn_or_counted_when_the_rate_is_zero(drop: Perturbation) -> None:
     case = CASES_BY_NAME["causal_without_mask"]
     module, state = make_module(case, drop), torch.get_rng_state()
     training = attention_drop_forward(module.train(), *case.tensors(), None, scaling=0.3)[0]
     evaluation = attention_drop_forward(module.eval(), *case.tensors(), None, scaling=0.3)[0]
     assert torch.equal(training, evaluation) and torch.equal(state, torch.get_rng_state())
-    assert module.attention_drop_site.calls == 0
+    assert module.attention_drop_state.calls == 0
 
 
 def test_blur_refuses_a_softcap() -> None:
@@ -309,6 +312,6 @@ def test_packing_is_taken_from_the_mask_and_refused_without_one() -> None:
 def test_a_module_outside_of_a_model_is_refused_in_training() -> None:
     case = CASES_BY_NAME["none"]
     module = make_module(case, VARIANTS["hard_mask"])
-    del module.attention_drop_site
+    del module.attention_drop_state
     with pytest.raises(RuntimeError, match="set_attn_implementation"):
         attention_drop_forward(module, *case.tensors(), None)

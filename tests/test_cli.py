@@ -213,7 +213,7 @@ def test_the_configuration_can_be_given(folder: Path, capsys: pytest.CaptureFixt
             ["evaluate", "x", "--data", "y", "--seed", str(2**63)],
             "from 0 to 9223372036854775807, got '92233720368547758",
         ),
-        (["check", "x", "--attention_drop", "[1]"], "`attention_drop` must be an AttentionDropConfig or a dict"),
+        (["check", "x", "--attention_drop", "[1]"], "`attention_drop` must be one of HardMasking"),
     ],
 )
 def test_bad_arguments_are_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ from transformers import (
 
 import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
-from hf_attentiondrop.methods.reweighting import Reweighting
+from hf_attentiondrop.methods.method import LearnedWeights
 
 from .models import build
 from .test_registration import TINY
@@ -159,7 +159,9 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def reweighted(model: PreTrainedModel) -> set[str]:
-    modules = {name.split(".")[0]: module for name, module in model.named_modules() if isinstance(module, Reweighting)}
+    modules = {
+        name.split(".")[0]: module for name, module in model.named_modules() if isinstance(module, LearnedWeights)
+    }
     return set(modules)
 
 

@@ -130,36 +130,34 @@ def test_a_learned_method_that_is_given_must_be_run(folder: Path) -> None:
 )
 @pytest.mark.parametrize("implementation", ["attentiondrop", "affine_scaled"])
 @pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy], ids=["model", "copy"])
-def test_an_impossible_assignment_stops_training(drop: Any, message: str, implementation: str, clone: Any) -> None:
+def test_an_impossible_assignment_is_refused(drop: Any, message: str, implementation: str, clone: Any) -> None:
     model, batch = clone(build("bert", attn_implementation=implementation)), inputs("bert")
     model.train()(**batch)
-    model.config.attention_drop = drop
-    for _ in range(2):
-        with pytest.raises(ValueError, match=message):
-            model(**batch)
-        with pytest.raises(ValueError, match=message):
-            report(model)
-    model.eval()(**batch)
+    model.config.attention_drop = {"p": 0.3}
+    with pytest.raises(ValueError, match=message):
+        model.config.attention_drop = drop
+    assert model.config.attention_drop == AttentionDropConfig(p=0.3)
+    assert {row.applied for row in report(model).rows} == {"hard p=0.3 k=5 fill=mask"}
     model.config.attention_drop = {"layers": [1]}
-    model.train()(**batch)
+    model(**batch)
     assert [row.layer for row in report(model).active] == [1]
 
 
-def test_an_impossible_assignment_after_a_switch_of_one_part_stops_training() -> None:
+def test_an_impossible_assignment_after_a_switch_of_one_part_is_refused() -> None:
     config = CLIPConfig(**TINY_CLIP)
     config.vision_config.num_hidden_layers = 3
     model = CLIPModel._from_config(config, attn_implementation="attentiondrop")
     model.config.attention_drop = {"layers": [2]}
     assert len(report(model).active) == 1
-    refusal = pytest.raises(ValueError, match="names layer 2, and CLIPModel has no such layer")
-    with refusal:
+    refusal = "names layer 2, and CLIPModel has no such layer"
+    with pytest.raises(ValueError, match=refusal):
         model.set_attn_implementation({"vision_config": "sdpa"})
     assert len(report(model).active) == 1
     model.config.attention_drop = {"layers": [1]}
     model.set_attn_implementation({"vision_config": "sdpa"})
-    model.config.attention_drop = {"layers": [2]}
-    with refusal:
-        report(model)
+    with pytest.raises(ValueError, match=refusal):
+        model.config.attention_drop = {"layers": [2]}
+    assert [row.layer for row in report(model).active] == [1]
 
 
 def test_what_is_given_to_a_part_that_runs_something_else_must_act() -> None:
@@ -171,13 +169,14 @@ def test_what_is_given_to_a_part_that_runs_something_else_must_act() -> None:
     assert report(CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})).active
 
 
-def test_an_impossible_assignment_stops_training_of_a_model_that_grew() -> None:
+def test_an_impossible_assignment_to_a_model_that_grew_is_refused() -> None:
     model = build("llama", attn_implementation="attentiondrop")
     model.model.layers.append(copy.deepcopy(model.model.layers[0]))
     configure(model, {"p": 0.3})
-    model.config.attention_drop = {"layers": [99]}
     with pytest.raises(ValueError, match="names layer 99"):
-        report(model)
+        model.config.attention_drop = {"layers": [99]}
+    model.config.attention_drop = {"layers": [2]}
+    assert [row.layer for row in report(model).active] == [2]
 
 
 def test_configure_leaves_out_what_cannot_be_read() -> None:
@@ -197,9 +196,6 @@ def test_an_assignment_reaches_a_compiled_model() -> None:
     model.config.attention_drop = {"layers": [1]}
     compiled(**batch)
     assert [row.calls for row in report(model).rows] == [1, 2]
-    model.config.attention_drop = {"layers": [99]}
-    with pytest.raises(ValueError, match="names layer 99"):
-        compiled(**batch)
 
 
 @pytest.mark.parametrize("changes", [{"annealing": "cosine"}, {"variant": "dropkey"}], ids=["key", "value"])

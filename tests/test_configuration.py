@@ -12,7 +12,9 @@ import torch
 from transformers import AutoConfig, BertConfig, CLIPConfig, LlavaConfig, PreTrainedConfig
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, GatedAttentionConfig
-from hf_attentiondrop.integration.config_entries import register_config_entry
+from hf_attentiondrop.integration.config_entries import register_config_entries
+from hf_attentiondrop.methods import PERTURBATIONS
+from hf_attentiondrop.methods.parsing import perturbation_from
 
 
 @pytest.mark.parametrize(
@@ -34,10 +36,10 @@ from hf_attentiondrop.integration.config_entries import register_config_entry
         ({"k": True}, "got True"),
         ({"k": "0.1"}, "got '0.1'"),
         ({"fill": "mean"}, "`fill` must be one of"),
-        ({"sigma_max": -1.0}, "`sigma_max` must be a finite number >= 0, got -1.0"),
-        ({"sigma_max": float("inf")}, "got inf"),
-        ({"width": 4}, "`width` must be an odd integer >= 1, got 4"),
-        ({"width": -1}, "got -1"),
+        ({"variant": "blur", "sigma_max": -1.0}, "`sigma_max` must be a finite number >= 0, got -1.0"),
+        ({"variant": "blur", "sigma_max": float("inf")}, "got inf"),
+        ({"variant": "blur", "width": 4}, "`width` must be an odd integer >= 1, got 4"),
+        ({"variant": "blur", "width": -1}, "got -1"),
         ({"layers": []}, "`layers` must be None or a non-empty list of integers"),
         ({"layers": ["first"]}, "`layers` must be None"),
         ({"layers": 3}, "`layers` must be None"),
@@ -56,16 +58,13 @@ def test_a_bad_value_is_refused_with_what_was_expected(values: dict[str, Any], m
     [
         (
             {"variant": "blur", "p": 0.9},
-            "`p`=0.9 would have no effect, because variant='blur' does not use it: hard does. Leave `p` out, or use "
-            "variant='hard'. The fields of blur are sigma_max, width, layers and attentions.",
+            "Unknown key 'p' in `attention_drop`: variant='blur' does not use it, so 0.9 would have no effect. It is "
+            "a setting of hard",
         ),
-        ({"variant": "blur", "k": 7}, "`k`=7 would have no effect"),
-        ({"variant": "blur", "fill": "zero"}, "`fill`='zero' would have no effect"),
-        (
-            {"sigma_max": 2.0},
-            "`sigma_max`=2.0 would have no effect, because variant='hard' does not use it: blur does",
-        ),
-        ({"width": 3}, "The fields of hard are p, k, fill, layers and attentions."),
+        ({"variant": "blur", "k": 7}, "Unknown key 'k'"),
+        ({"variant": "blur", "fill": "mask"}, "It is a setting of hard. Leave it out, or name another variant."),
+        ({"sigma_max": 2.0}, "Unknown key 'sigma_max' in `attention_drop`: variant='hard' does not use it"),
+        ({"width": 3}, "The keys of hard are p, k, fill, layers, attentions."),
     ],
 )
 def test_a_field_that_the_variant_does_not_use_is_refused(values: dict[str, Any], message: str) -> None:
@@ -73,10 +72,25 @@ def test_a_field_that_the_variant_does_not_use_is_refused(values: dict[str, Any]
         AttentionDropConfig(**values)
 
 
-@pytest.mark.parametrize("variant", ["hard", "blur"])
-def test_all_fields_at_their_defaults_are_accepted_as_config_json_holds_them(variant: str) -> None:
+@pytest.mark.parametrize("variant", PERTURBATIONS)
+def test_settings_go_to_a_dict_and_back(variant: str) -> None:
     drop = AttentionDropConfig(variant=variant)
-    assert AttentionDropConfig.from_dict(drop.to_dict()) == drop
+    assert type(drop) is PERTURBATIONS[variant]
+    assert perturbation_from(drop.to_dict()) == drop
+    assert drop.to_dict().keys() == {"variant", *drop.settings()}
+
+
+@pytest.mark.parametrize("variant", ["hard", "blur"])
+def test_a_checkpoint_of_an_early_release_reads_the_same(variant: str, tmp_path: Path) -> None:
+    """They wrote the settings of both variants, and the first of them ignored those of the other one."""
+    early = {"variant": variant, "p": 0.3, "k": 7, "fill": "zero", "sigma_max": 0.5, "width": 3}
+    early |= {"layers": [0], "attentions": ["cross"]}
+    BertConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_drop": early}))
+    own = {"p": 0.3, "k": 7, "fill": "zero"} if variant == "hard" else {"sigma_max": 0.5, "width": 3}
+    expected = AttentionDropConfig(variant=variant, **own, layers=[0], attentions=["cross"])
+    assert AutoConfig.from_pretrained(tmp_path).attention_drop == expected
 
 
 @pytest.mark.parametrize(
@@ -122,11 +136,11 @@ def test_what_only_resembles_them_is_refused(values: dict[str, Any]) -> None:
 
 def test_an_unknown_key_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="Unknown key 'sigma'.*Did you mean 'sigma_max'"):
-        AttentionDropConfig.from_dict({"sigma": 1.0})
+        perturbation_from({"sigma": 1.0})
 
 
 def test_something_else_than_a_mapping_is_refused() -> None:
-    with pytest.raises(TypeError, match="must be an AttentionDropConfig or a dict"):
+    with pytest.raises(TypeError, match="must be one of HardMasking, .* a dict"):
         BertConfig(attention_drop=0.1)
 
 
@@ -176,4 +190,4 @@ def test_sub_configs_follow_and_keep_their_differences(config_class: type[PreTra
 def test_another_owner_of_the_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedConfig, "attention_drop", property(lambda self: None))
     with pytest.raises(RuntimeError, match="already exists"):
-        register_config_entry()
+        register_config_entries()

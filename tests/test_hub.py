@@ -27,6 +27,7 @@ from hf_attentiondrop import (
     GatedAttentionConfig,
 )
 from hf_attentiondrop.hub import CardContent, Data, UploadError, build_card, write_card
+from hf_attentiondrop.methods.method import Perturbation
 
 from .hub_push import METRICS
 from .hub_server import TOKEN, Fault, HubServer, running_hub
@@ -117,7 +118,7 @@ def tables(text: str) -> dict[str, list[str]]:
 def test_card_shows_the_methods_that_were_used_and_no_other(
     tmp_path: Path, config: Any, formula: str, settings: dict[str, str], papers: list[str]
 ) -> None:
-    is_drop = isinstance(config, AttentionDropConfig)
+    is_drop = isinstance(config, Perturbation)
     options = {"attention_drop": config} if is_drop else {"attention_reweighting": config}
     model = build("bert", attn_implementation="attentiondrop" if is_drop else config.method, **options)
     card = card_of(trainer_of(model, tmp_path, consistency_weight=0.0))

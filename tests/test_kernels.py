@@ -13,6 +13,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, report, set_base_attention
 from hf_attentiondrop.attention.kernels import attend_with
 from hf_attentiondrop.attention.parts import configs_of
+from hf_attentiondrop.methods.method import Perturbation
 
 from . import reference
 from .cases import CASES, AttentionCase
@@ -182,9 +183,7 @@ def runs(model: PreTrainedModel, family: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
 @pytest.mark.parametrize("drop", [AttentionDropConfig(variant="blur"), AttentionDropConfig()], ids=["blur", "hard"])
-def test_an_implementation_with_the_masks_of_sdpa_gets_them(
-    kernels: Kernels, family: str, drop: AttentionDropConfig
-) -> None:
+def test_an_implementation_with_the_masks_of_sdpa_gets_them(kernels: Kernels, family: str, drop: Perturbation) -> None:
     model = build(family, attention_drop=drop).train()
     on_sdpa = runs(model, family)
     set_base_attention(model, OTHER)

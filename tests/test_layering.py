@@ -9,17 +9,18 @@ import hf_attentiondrop
 
 
 PACKAGE = Path(hf_attentiondrop.__file__).parent
-ALLOWED = {
+ALLOWED: dict[str, set[str]] = {
     "functional": set(),
+    "validation": set(),
     "version": set(),
-    "methods": {"attention", "functional", "integration"},
-    "attention": {"functional", "methods"},
-    "integration": {"attention", "functional", "methods", "version"},
+    "attention": {"functional"},
+    "methods": {"attention", "functional", "validation"},
+    "integration": {"attention", "functional", "methods", "validation", "version"},
     "configure": {"attention", "integration", "methods"},
-    "report": {"configure", "integration", "methods"},
-    "training": {"hub", "integration", "methods"},
-    "evaluation": {"attention", "configure", "integration", "methods"},
-    "hub": {"attention", "configure", "methods", "report", "training"},
+    "report": {"attention", "integration"},
+    "hub": {"attention", "methods", "report"},
+    "training": {"attention", "hub", "integration", "methods"},
+    "evaluation": {"attention", "integration", "validation"},
     "cli": {"attention", "evaluation", "hub", "integration", "methods", "report", "version"},
 }
 

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, PreTrainedModel
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods import LEARNED_METHODS
 
 from .recipe_runs import RECIPES, launch, load, refusal
 
@@ -197,7 +197,7 @@ def test_attention_that_learns_is_trained_and_loads_again(
     recipe.main([*QUICK, *flags, "--max_train_samples", "200", "--output_dir", str(tmp_path)])
     assert f"{method} in 1 of 1 modules\n" in capsys.readouterr().out
     config = read(tmp_path, "config.json")
-    assert config["attention_reweighting"] == REWEIGHTINGS[method](**values).to_dict()
+    assert config["attention_reweighting"] == LEARNED_METHODS[method](**values).to_dict()
     assert "attention_drop" not in config
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     started = AutoModelForCausalLM.from_config(model.config)

@@ -29,8 +29,8 @@ from transformers import (
 
 import hf_attentiondrop
 from hf_attentiondrop import AttentionDropConfig
+from hf_attentiondrop.attention.modules import uses_attention_interface
 from hf_attentiondrop.integration.registration import register
-from hf_attentiondrop.methods.sites import uses_attention_interface
 
 from .models import build, inputs
 
@@ -228,7 +228,7 @@ def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are()
         ValueError, match="'text_config', and BertConfig has no such part.*It has no parts; the key ''"
     ):
         build("bert", attn_implementation={"text_config": "attentiondrop"})
-    with pytest.raises(ValueError, match=r"""Did you mean "text_config".*'vision_config'"""):
+    with pytest.raises(ValueError, match=r"""Did you mean 'text_config'.*'vision_config'"""):
         CLIPConfig(**TINY_CLIP, attn_implementation={"txt_config": "attentiondrop"})
     model = build("bert", attn_implementation={"": "attentiondrop"})
     assert len(perturbed(model)) == 2
@@ -237,7 +237,7 @@ def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are()
 
 def test_a_name_that_is_nearly_ours_is_met_with_ours(tmp_path: Path) -> None:
     message = 'attention_drop.*is not supported.*hf_attentiondrop adds "attentiondrop", "affine_scaled"'
-    message += '.*Did you mean "attentiondrop"'
+    message += ".*Did you mean 'attentiondrop'"
     build("bert", attn_implementation="sdpa").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         AutoModel.from_pretrained(tmp_path, attn_implementation="attention_drop")

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import SwinConfig, SwinModel, T5Config, T5ForConditionalGeneration
 
-from hf_attentiondrop import AttentionDropConfig, attention, configure, report
-from hf_attentiondrop.methods.sites import attention_dropout
+from hf_attentiondrop import AttentionDropConfig, configure, report
+from hf_attentiondrop.attention.dropout import attention_dropout
+from hf_attentiondrop.integration import functions
 
 from .models import build, enable_checkpointing, inputs
 
@@ -80,9 +81,9 @@ def test_sublayers_are_not_layers() -> None:
 def test_attention_dropout_is_seen_and_costs_a_score_matrix(
     family: str, name: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, attend = {}, attention._attend
+    seen, attend = {}, functions._attend
     monkeypatch.setattr(
-        attention, "_attend", lambda call, drop: seen.update({call.module: call}) or attend(call, drop)
+        functions, "_attend", lambda call, *others: seen.update({call.module: call}) or attend(call, *others)
     )
     model = build(family, attention_drop=EVERYWHERE | {"layers": [0]}, **{name: rate})
     model.train()(**inputs(family))

@@ -15,8 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, AttentionSinkConfig, GatedAttentionConfig
 from hf_attentiondrop.integration.functions import reweighted_attention_forward
-from hf_attentiondrop.methods.reweighting import MODULES, Dimensions
-from hf_attentiondrop.methods.reweighting_configuration import ReweightingConfig
+from hf_attentiondrop.methods.method import Dimensions, LearnedMethod, Perturbation
 
 from . import reference
 from .cases import CASES, CASES_BY_NAME, AttentionCase
@@ -43,15 +42,16 @@ REWEIGHTINGS = {
 
 def make_reweighted(
     case: AttentionCase,
-    config: ReweightingConfig,
-    drop: AttentionDropConfig = NOTHING,
+    config: LearnedMethod,
+    drop: Perturbation = NOTHING,
     module_class: type[nn.Module] = nn.Module,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
     """An attention module with random learned weights and averages."""
     module = make_module(case, drop, module_class)
+    module.config._attn_implementation = config.method
     dimensions = Dimensions(HIDDEN_SIZE, case.heads, HEAD_DIM)
-    module.reweighting = MODULES[type(config)](config, dimensions, dtype=dtype)
+    module.reweighting = config.weights(config, dimensions, dtype=dtype)
     generator = torch.Generator().manual_seed(17)
     for tensor in module.reweighting.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -71,8 +71,8 @@ def stock(case: AttentionCase, *tensors: torch.Tensor) -> torch.Tensor:
 
 def definition(
     case: AttentionCase,
-    config: ReweightingConfig,
-    drop: AttentionDropConfig,
+    config: LearnedMethod,
+    drop: Perturbation,
     parameters: dict[str, torch.Tensor],
     states: torch.Tensor,
     *tensors: torch.Tensor,
@@ -111,7 +111,7 @@ def run(
     )
 
 
-def compare(module: nn.Module, case: AttentionCase, drop: AttentionDropConfig, dropout: float = 0.0) -> None:
+def compare(module: nn.Module, case: AttentionCase, drop: Perturbation, dropout: float = 0.0) -> None:
     """Output and gradients of query, key, value, states and every learned weight, within 1e-10."""
     leaves = [tensor.requires_grad_() for tensor in (states_of(case), *case.tensors())]
     learned = dict(module.reweighting.named_parameters())
@@ -147,9 +147,9 @@ def test_attention_drop_acts_below_in_training(case: AttentionCase, name: str, v
     dropout = 0.1 if name != "sink" else 0.0  # The sink's own column of the dropout mask is not in the definition.
     module = make_reweighted(case, REWEIGHTINGS[name], drop)
     compare(module, case, drop, dropout)
-    assert module.attention_drop_site.calls == 1
+    assert module.attention_drop_state.calls == 1
     compare(module.eval(), case, NOTHING)
-    assert module.attention_drop_site.calls == 1
+    assert module.attention_drop_state.calls == 1
 
 
 def test_without_an_entry_attention_is_not_perturbed() -> None:
@@ -157,7 +157,7 @@ def test_without_an_entry_attention_is_not_perturbed() -> None:
     module = make_reweighted(case, AFFINE["default"], VARIANTS["hard_mask"])
     module.config.attention_drop = None
     compare(module, case, NOTHING)
-    assert module.attention_drop_site.calls == 0
+    assert module.attention_drop_state.calls == 0
 
 
 @pytest.mark.parametrize("name", REWEIGHTINGS)

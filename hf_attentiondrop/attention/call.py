@@ -1,35 +1,61 @@
-"""One attention call, and what stock Transformers would make of it: everything else builds on this."""
+"""One attention call, and the base attention: what stock Transformers would compute for it."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..functional import attention_scores, prepend_sink, query_offset, show_sink, visible_keys
-from ..methods.sites import SDPA
+from ..functional import attention_scores, expand_heads, query_offset, shown_keys, visible_keys
 from .kernels import attend_with
+
+
+# Computes the base attention where no other kernel was chosen.
+SDPA = "sdpa"
+
+AttentionOutput = tuple[Tensor, Tensor | None]
+"""The output, `(B, Q, H, D)`, and the weights, `(B, H, Q, K)`, where they were asked for."""
+Attend = Callable[["AttentionCall"], AttentionOutput]
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one attention call, the score `(H,)` of a learned sink if there is one, the attention
-    implementation that is to compute the base attention, and what the calls of one pass through the module share."""
+    """The arguments of one attention call.
+
+    Args:
+        module: the attention module.
+        query: `(B, H, Q, D)`.
+        key: `(B, Hkv, K, D)`.
+        value: `(B, Hkv, K, D)`.
+        mask: `(B|1, H|1, Q|1, K)`, boolean (true = may attend) or additive; or `None`.
+        dropout: probability of dropout on the attention weights.
+        scaling: factor of the scores, `D ** -0.5` by default.
+        is_causal: whether a missing mask means causal; by default the module decides.
+        extras: further arguments that the model passed.
+        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
+        base: attention implementation that computes the base attention.
+        model_mask: the mask that the model passed; `mask` also masks what a method has masked.
+        zeroed: boolean `(B, H, Q, K)`, scores that are replaced by 0 before the softmax; none by default.
+        memory: shared by all calls during one forward of the module.
+    """
 
     module: nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
     dropout: float
     scaling: float | None
     is_causal: bool | None
     extras: dict[str, Any]
-    sink: torch.Tensor | None = None
+    kind: str = "encoder_self"
     base: str = SDPA
+    model_mask: Tensor | None = None
+    zeroed: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -38,12 +64,8 @@ class AttentionCall:
         return getattr(self.module, "is_causal", True) if self.is_causal is None else self.is_causal
 
     @property
-    def strength(self) -> torch.Tensor:
-        """The `p` or `sigma_max` of the module."""
-        return self.module.attention_drop_site.strength
-
-    @property
     def lengths(self) -> dict[str, Any]:
+        """Arguments of the functions that derive visibility from a mask."""
         return {
             "query_length": self.query.shape[-2],
             "key_length": self.key.shape[-2],
@@ -51,29 +73,30 @@ class AttentionCall:
         }
 
     @property
-    def visible(self) -> torch.Tensor | None:
+    def visible(self) -> Tensor | None:
+        """Which keys each query may attend to, boolean `(B|1, H|1, Q|1, K)`; `None` for all."""
         return visible_keys(self.mask, is_causal=self.causal, **self.lengths)
 
     @property
-    def real_queries(self) -> torch.Tensor | None:
-        """Which queries see themselves, and so are no padding, `(B|1, H|1, Q)`; `None` where that is unknown."""
+    def real_queries(self) -> Tensor | None:
+        """Which queries attend to themselves and so are not padding, `(B|1, H|1, Q)`; `None` if unknown."""
         queries, keys = self.query.shape[-2], self.key.shape[-2]
-        if self.mask is None or self.module.attention_drop_site.kind == "cross" or queries > keys:
+        if self.mask is None or self.kind == "cross" or queries > keys:
             return None
         own_keys = query_offset(self.mask, query_length=queries, key_length=keys)
         own_keys = own_keys + torch.arange(queries, device=self.mask.device)
-        rows = self.visible.expand(-1, -1, queries, -1)
+        rows = shown_keys(self.mask).expand(-1, -1, queries, -1)
         return rows.gather(-1, own_keys.expand(*rows.shape[:2], -1).unsqueeze(-1)).squeeze(-1)
 
     @property
     def wants_eager(self) -> bool:
-        """Whether the base attention is the model file's own: SDPA has no softcap, no sinks and no weights to show."""
+        """Whether the model file's eager function is the base: SDPA has no softcap, sinks or returned weights."""
         return bool(self.extras.get("output_attentions")) or any(
             self.extras.get(name) is not None for name in ("softcap", "s_aux", "sinks")
         )
 
-    def scores(self) -> torch.Tensor:
-        """Final scores, `(B, H, Q, K)`."""
+    def scores(self) -> Tensor:
+        """Computes the final scores, `(B, H, Q, K)`."""
         bias = self.extras.get("position_bias")
         if self.mask is not None and self.mask.dtype != torch.bool:
             bias = self.mask if bias is None else bias + self.mask
@@ -81,25 +104,42 @@ class AttentionCall:
             self.query, self.key, scaling=self.scaling, softcap=self.extras.get("softcap"), bias=bias
         )
 
+    def keeping(self, kept: Tensor) -> "AttentionCall":
+        """Returns the call with all keys masked but those kept, boolean `(B, H, Q|1, K)`."""
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            mask = self.mask.masked_fill(~kept, -torch.inf)
+        else:
+            visible = self.visible
+            mask = kept if visible is None else kept & visible
+        # Kernels other than SDPA cannot express a mask for each query.
+        return replace(self, mask=mask, base=SDPA)
 
-def attend_if_any_key(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The base attention, with zeros for queries that see no key, forward and backward."""
+
+def attend_if_any_key(call: AttentionCall, attend: Attend | None = None) -> AttentionOutput:
+    """Computes attention with zeros for fully masked queries, in the output and in the gradients.
+
+    Args:
+        call: the attention call.
+        attend: computes attention for all other queries; [`base_attention`] by default.
+    """
+    attend = attend or base_attention
     if call.mask is None:
-        return base_attention(call)
-    if call.mask.dtype == torch.bool and not call.wants_eager and call.extras.get("position_bias") is None:
-        return base_attention(call)  # SDPA gives zeros where a boolean mask hides every key.
-    blind = ~call.visible.any(dim=-1, keepdim=True)  # (B|1, H|1, Q|1, 1)
-    # Anything finite will do for these rows: what becomes of them is thrown away.
-    output, weights = base_attention(replace(call, mask=call.mask.masked_fill(blind, call.mask.dtype == torch.bool)))
-    output = output.masked_fill(blind.transpose(1, 2), 0.0)
-    return output, None if weights is None else weights.masked_fill(blind, 0.0)
+        return attend(call)
+    is_plain = not call.wants_eager and call.zeroed is None and call.extras.get("position_bias") is None
+    if call.mask.dtype == torch.bool and is_plain:
+        return attend(call)  # SDPA gives zeros where a boolean mask masks every key.
+    fully_masked = ~shown_keys(call.mask).any(dim=-1, keepdim=True)  # (B|1, H|1, Q|1, 1)
+    # Any finite scores will do for these queries, because their output is overwritten.
+    mask = call.mask.masked_fill(fully_masked, call.mask.dtype == torch.bool)
+    output, weights = attend(replace(call, mask=mask))
+    output = output.masked_fill(fully_masked.transpose(1, 2), 0.0)
+    return output, None if weights is None else weights.masked_fill(fully_masked, 0.0)
 
 
-def base_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What stock Transformers would run, SDPA, another kernel that was asked for, or the model file's own eager
-    function; and the sink if there is one."""
-    if call.sink is not None:
-        return _attention_with_sink(call)
+def base_attention(call: AttentionCall) -> AttentionOutput:
+    """Computes attention by SDPA, another kernel that was chosen, or the model file's eager function."""
+    if call.zeroed is not None:
+        return _softmax_attention(call, call.zeroed)
     arguments = (call.module, call.query, call.key, call.value)
     options = {"dropout": call.dropout, "scaling": call.scaling, **call.extras}
     if call.wants_eager:
@@ -113,38 +153,25 @@ def base_attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 def is_recomputing() -> bool:
-    """Whether this forward pass is activation checkpointing's repetition, inside of a backward pass."""
+    """Returns whether this forward runs inside a backward pass, as activation checkpointing does to recompute."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _attention_with_sink(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if call.extras.get("softcap") is not None:
-        raise ValueError(
-            f"A learned sink cannot act on {type(call.module).__name__}, which caps its scores (softcap="
-            f"{call.extras['softcap']}): the sink's score would be capped too. Set the softcap of the model config "
-            'to None, or use attn_implementation="affine_scaled".'
-        )
-    scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    query, key, value = prepend_sink(call.query, call.key, call.value, call.sink, scaling=scaling)
-    # Where only the order of the tokens hides keys, one more query keeps it: query i + 1 sees keys 0 to i + 1.
-    added = int(call.mask is None and call.causal and query.shape[-2] > 1)
-    extras = call.extras
-    if extras.get("position_bias") is not None:
-        extras = extras | {"position_bias": F.pad(extras["position_bias"], (1, 0, added, 0))}
-    output, weights = base_attention(
-        replace(
-            call,
-            query=F.pad(query, (0, 0, added, 0)),
-            key=key,
-            value=value,
-            mask=None if call.mask is None else show_sink(call.mask),
-            scaling=scaling,
-            extras=extras,
-            sink=None,
-            base=SDPA,
-        )
-    )
-    return output[:, added:, :, :-1].contiguous(), None if weights is None else weights[:, :, added:, 1:]
+def _softmax_attention(call: AttentionCall, zeroed: Tensor) -> AttentionOutput:
+    """Computes attention with some scores at 0. They stay in the softmax as constants, which no mask can express."""
+    scores = call.scores().masked_fill(zeroed, 0.0)  # An additive mask is among them.
+    visible = None if call.mask is not None and call.mask.dtype != torch.bool else call.visible
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    sinks = call.extras.get("sinks")
+    if call.extras.get("s_aux") is not None:
+        sinks = call.extras["s_aux"].view(1, -1, 1, 1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : call.key.shape[-2]]
+    weights = F.dropout(weights, p=call.dropout, training=call.module.training).to(call.value.dtype)
+    output = (weights @ expand_heads(call.value, weights.shape[1])).transpose(1, 2).contiguous()
+    return output, weights if call.extras.get("output_attentions") else None
 
 
 def _eager_attention(module: nn.Module) -> Any:
@@ -152,17 +179,16 @@ def _eager_attention(module: nn.Module) -> Any:
     if eager is None:
         raise ValueError(
             f"{type(module).__name__} was asked for attention weights, a softcap or sinks, which SDPA does not "
-            f"give, and its model file {type(module).__module__} has no eager_attention_forward to give them. "
-            "Call the model without "
-            'output_attentions=True, or switch it to attn_implementation="eager".'
+            f"support, and its model file {type(module).__module__} has no eager_attention_forward that does. "
+            'Call the model without output_attentions=True, or switch it to attn_implementation="eager".'
         )
     return eager
 
 
-def _additive(call: AttentionCall) -> torch.Tensor | None:
-    """The mask as eager functions expect it, added to the scores."""
+def _additive(call: AttentionCall) -> Tensor | None:
+    """Returns the mask as eager functions expect it, added to the scores."""
     visible = call.visible
     if visible is None or (call.mask is not None and call.mask.dtype != torch.bool):
         return call.mask
-    hidden = torch.finfo(call.query.dtype).min
-    return torch.zeros(visible.shape, dtype=call.query.dtype, device=visible.device).masked_fill(~visible, hidden)
+    masked = torch.finfo(call.query.dtype).min
+    return torch.zeros(visible.shape, dtype=call.query.dtype, device=visible.device).masked_fill(~visible, masked)

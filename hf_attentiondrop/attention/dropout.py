@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 
@@ -12,6 +13,15 @@ from transformers import PreTrainedConfig
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop)($|_)")
 OTHER_METHODS = re.compile(r"path|token|layer_?drop")
 ATTENTION = re.compile(r"att(entio)?n")
+
+# Names of the dropout of attention weights in modules, the plainest last: it may belong to another dropout.
+ATTENTION_DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
+
+
+def attention_dropout(module: nn.Module) -> float:
+    """Returns the probability with which a module drops attention weights in training."""
+    dropout = next((getattr(module, name) for name in ATTENTION_DROPOUT_NAMES if hasattr(module, name)), 0.0)
+    return getattr(dropout, "p", dropout)
 
 
 def dropout_of(config: PreTrainedConfig) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """What a whole model is made of: its configs, and the modules that hold one."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,3 +53,31 @@ def holders_of(model: PreTrainedModel) -> Iterator[Holder]:
             yield from look(f"{name}.{child_name}" if name else child_name, child, owner)
 
     return look("", model, model)
+
+
+def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
+    """The Transformers models in a wrapper, by name: each [`~transformers.PreTrainedModel`] that is in no other.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in getattr(model, "named_modules", tuple)():
+        is_inside = any(f".{name}".startswith(f".{other}." if other else ".") for other in found)
+        if isinstance(module, PreTrainedModel) and not is_inside:
+            found[name] = module
+    if not found:
+        raise TypeError(
+            f"Expected a Transformers model or a module that holds one, got {type(model).__name__}: only Transformers "
+            "models dispatch their attention through the interface that AttentionDrop plugs into."
+        )
+    return found
+
+
+def transformers_model(model: Any) -> PreTrainedModel:
+    """The first of [`transformers_models`].
+
+    Raises:
+        TypeError: if there is none.
+    """
+    return next(iter(transformers_models(model).values()))

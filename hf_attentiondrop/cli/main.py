@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..attention.parts import configs_of
-from ..integration.config_entries import attention_drop_of
-from ..integration.functions import NAME
-from ..integration.registration import FUNCTIONS
-from ..methods.configuration import AttentionDropConfig
+from ..integration.config_entries import perturbations_of
+from ..integration.functions import ATTENTION_DROP
+from ..integration.implementations import FUNCTIONS
+from ..methods.method import Perturbation
+from ..methods.parsing import perturbations_from
 from ..report import report
 from ..version import __version__
 
@@ -72,13 +73,13 @@ def declare_check(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--attn_implementation",
         choices=list(FUNCTIONS),
-        help=f"by default the one that a checkpoint with learned reweighting was saved with, otherwise {NAME}",
+        help=f"by default the one that a checkpoint with learned weights was saved with, otherwise {ATTENTION_DROP}",
     )
     parser.add_argument(
         "--attention_drop",
         type=_attention_drop,
         metavar="JSON",
-        help='the fields of AttentionDropConfig, such as \'{"variant": "blur"}\'; by default those of the config',
+        help='a perturbation, such as \'{"variant": "blur"}\'; by default those of the config',
     )
     parser.set_defaults(run=check)
 
@@ -93,7 +94,7 @@ def check(arguments: argparse.Namespace) -> int:
         config.attention_drop = arguments.attention_drop
     try:
         for part in configs_of(config):
-            attention_drop_of(part)
+            perturbations_of(part)
     except ValueError as error:
         raise InputError(str(error)) from error
     try:
@@ -194,9 +195,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _attention_drop(text: str) -> AttentionDropConfig:
+def _attention_drop(text: str) -> tuple[Perturbation, ...]:
     try:
-        return AttentionDropConfig.from_dict(json.loads(text))
+        return perturbations_from(json.loads(text))
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"expected JSON such as '{{\"p\": 0.2}}', got {text!r}: {error}.") from None
     except (ValueError, TypeError) as error:
@@ -220,7 +221,7 @@ def _own_implementation(config: "PreTrainedConfig") -> str | dict[str, str] | No
     """The implementation to build a model with where none was asked for; `None` is the recorded one."""
     if any(part._attn_implementation in FUNCTIONS for part in configs_of(config)):
         return None
-    return config.attention_reweighting.method if config.attention_reweighting else NAME
+    return config.attention_reweighting.method if config.attention_reweighting else ATTENTION_DROP
 
 
 def _build_without_weights(config: "PreTrainedConfig", implementation: str | None) -> "PreTrainedModel":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..methods.configuration import Configuration, is_integer, is_number
+from ..validation import Config, is_integer, is_number
 
 
 class Ball(NamedTuple):
@@ -57,7 +57,7 @@ NORMS = tuple(BALLS)
 
 
 @dataclass(frozen=True)
-class Attack(Configuration):
+class Attack(Config):
     """What an adversary may do: PGD by default, FGSM from [`Attack.fgsm`].
 
     Every step goes along the sign of the gradient (`"linf"`) or the gradient at unit length (`"l2"`), one gradient per
@@ -99,8 +99,8 @@ class Attack(Configuration):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        self._require("norm", NORMS.__contains__, f"one of {NORMS}", "It measures the perturbation.")
-        self._require(
+        self._check("norm", NORMS.__contains__, f"one of {NORMS}", "It measures the perturbation.")
+        self._check(
             "epsilon",
             lambda epsilon: is_number(epsilon) and 0 <= epsilon < math.inf,
             "a finite number >= 0",
@@ -108,17 +108,17 @@ class Attack(Configuration):
         )
         if self.step_size is None:
             object.__setattr__(self, "step_size", self.epsilon / 4)
-        self._require(
+        self._check(
             "step_size",
             lambda size: is_number(size) and 0 <= size < math.inf and (size > 0 or self.epsilon == 0),
             "a finite number > 0",
             "It is how far a step goes; without steps nothing is attacked.",
         )
-        self._require("steps", lambda steps: is_integer(steps) and steps >= 1, "an integer >= 1", "FGSM takes one.")
-        self._require(
+        self._check("steps", lambda steps: is_integer(steps) and steps >= 1, "an integer >= 1", "FGSM takes one.")
+        self._check(
             "random_start", lambda start: isinstance(start, bool), "True or False", "False starts at the sample."
         )
-        self._require(
+        self._check(
             "restarts",
             lambda restarts: is_integer(restarts) and restarts >= 1 and (restarts == 1 or self.random_start),
             "an integer >= 1, and 1 where random_start is False",

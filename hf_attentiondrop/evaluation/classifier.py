@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configure import transformers_model
+from ..attention.parts import transformers_model
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import (

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..attention.parts import configs_of
-from ..configure import transformers_model
-from ..integration.registration import FUNCTIONS
-from ..methods.sites import attention_modules
+from ..attention.modules import attention_modules
+from ..attention.parts import configs_of, transformers_model
+from ..integration.implementations import FUNCTIONS
 from .running import check_batches, mode, to_device_of
 
 

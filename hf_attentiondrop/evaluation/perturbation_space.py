@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..configure import transformers_model
+from ..attention.parts import transformers_model
 
 
 # Half a grey level of an 8-bit image: what rounding to half precision may shift a pixel by.

@@ -20,6 +20,7 @@ from .visibility import (
     num_visible_keys,
     once_per_mask,
     query_offset,
+    shown_keys,
     visible_keys,
     visible_neighbours,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "rescale_output",
     "rescale_weights",
     "show_sink",
+    "shown_keys",
     "visible_keys",
     "visible_neighbours",
     "visible_sums",

@@ -10,7 +10,6 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from .content import CardContent, Data
 from .loading import loading_code, loading_text
-from .methods import PAPERS
 from .tables import (
     HUB_METRICS,
     Table,
@@ -69,7 +68,7 @@ def build_card(content: CardContent) -> ModelCard:
         plots=[(Path(plot).stem.replace("_", " ").capitalize(), plot) for plot in content.plots],
         training=_table(("Argument", "Value"), content.training),
         environment=_table(("Software", "Version"), content.environment),
-        papers=[PAPERS[paper] for paper in dict.fromkeys(method.paper for method in content.methods)],
+        papers=list(dict.fromkeys(method.citation for method in content.methods)),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods import Method
+from ..methods.card import MethodCard
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CardContent:
         name (`str`): name of the model.
         model_class (`str`): its class in Transformers.
         origin (`str`): where its weights began, as in "trained from scratch".
-        methods (`tuple[Method, ...]`): what was done to its attention and its loss.
+        methods (`tuple[MethodCard, ...]`): what was done to its attention and its loss.
         needs_plugin (`bool`): whether it has learned attention weights, without which it does not load.
         repo_id (`str`, *optional*): the repository, or path, that it is loaded from; by default the card's own folder.
         base_model (`str`, *optional*): id on the Hub of the model that it began as.
@@ -55,7 +55,7 @@ class CardContent:
     name: str
     model_class: str
     origin: str
-    methods: tuple[Method, ...] = ()
+    methods: tuple[MethodCard, ...] = ()
     needs_plugin: bool = False
     repo_id: str | None = None
     base_model: str | None = None

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from transformers import (
 from transformers.modelcard import TASK_MAPPING
 
 from ..attention.dropout import dropout_of
-from ..configure import transformers_model
-from ..methods.sites import attention_modules
+from ..attention.modules import attention_modules
+from ..attention.parts import transformers_model
+from ..methods.card import MethodCard
+from ..methods.method import Perturbation
 from ..report import report
-from ..training.arguments import ConsistencyArguments
-from ..training.losses import NO_DIVERGENCE
 from .content import CardContent, Data
-from .methods import Method, describe_consistency, describe_drop, describe_reweighting
 
 
 AUTO_CLASSES = {
@@ -101,7 +100,7 @@ def describe_run(
     if is_trained:
         config = transformers_model(trainer.model).config
         origin = _describe_origin(content.base_model, config, True, adapter is not None)
-        methods = (*content.methods, *_methods_of_loss(trainer))
+        methods = (*content.methods, *getattr(trainer, "method_cards", ()))
         content = replace(content, origin=origin, methods=methods, training=_describe_training(trainer))
     return replace(
         content,
@@ -162,27 +161,28 @@ def describe_model(
     )
 
 
-def _methods_of_model(model: PreTrainedModel) -> Iterator[Method]:
-    """What is done to the attention, whatever the number of modules that it is done to."""
+def _methods_of_model(model: PreTrainedModel) -> Iterator[MethodCard]:
+    """Yields the methods that act on the attention, each once for all modules."""
     rows = {row.name: row for row in report(model).rows}
     modules = [(rows[name], module) for name, module in attention_modules(model) if name in rows]
-    dropping = [(row, module.attention_drop_site.drop) for row, module in modules if row.calls or row.applied]
-    # The implementation may have been switched on, or off, after the training; the counter tells.
-    applied = {drop for row, drop in dropping if row.calls}
-    reweightings = dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting)
-    for drop in dict.fromkeys(drop for _, drop in dropping):
-        yield describe_drop(drop, drop in applied)
-    for reweighting in reweightings:
-        yield from describe_reweighting(reweighting)
+    perturbations: dict[Perturbation, bool] = {}
+    for row, module in modules:
+        if row.calls or row.applied:
+            state = module.attention_drop_state
+            for perturbation in state.perturbations:
+                if perturbation.can_act and perturbation.selects(state.place):
+                    # The implementation may have been switched on, or off, after the training; the counter tells.
+                    perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
+    for perturbation, was_applied in perturbations.items():
+        yield from perturbation.cards() if was_applied else map(_as_configured, perturbation.cards())
+    for method in dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting):
+        yield from method.cards()
 
 
-def _methods_of_loss(trainer: Trainer) -> Iterator[Method]:
-    # Without any randomness in the model both passes are equal, and what is not there is no method.
-    measured = [entry["consistency_loss"] for entry in trainer.state.log_history if "consistency_loss" in entry]
-    had_effect = not measured or max(measured) > NO_DIVERGENCE
-    if getattr(trainer.args, "consistency_weight", 0) > 0 and had_effect:
-        values = {field.name: getattr(trainer.args, field.name) for field in fields(ConsistencyArguments)}
-        yield describe_consistency(ConsistencyArguments(**values))
+def _as_configured(card: MethodCard) -> MethodCard:
+    """Returns the card of a method that the config names, whether or not the model was trained with it."""
+    text = "The model's config names this method; whether its weights were trained with it is not recorded. "
+    return replace(card, name=f"{card.name} (configured)", text=text + card.text, tag=None)
 
 
 def _hub_id(config: PreTrainedConfig) -> str | None:

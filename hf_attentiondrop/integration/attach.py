@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.parts import configs_of
-from ..methods.reweighting import MODULES, Dimensions, Reweighting
-from ..methods.reweighting_configuration import REWEIGHTING_KEY, REWEIGHTINGS, ReweightingConfig
-from ..methods.sites import check_selection
+from ..methods import LEARNED_METHODS
+from ..methods.method import LEARNED_KEY, Dimensions, LearnedMethod, LearnedWeights, check_selection
 from .implementations import PREFIX
 
 
@@ -24,7 +23,7 @@ HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 HEAD_DIM_NAMES = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
 
 
-def settle_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
+def resolve_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
     """Gives every config that runs a learned method its entry: its own, the one around it, or the defaults.
 
     Args:
@@ -37,11 +36,11 @@ def settle_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
     own, method = config.attention_reweighting, config._attn_implementation
     sub_configs = [sub_config for sub_config in configs_of(config) if sub_config is not config]
     entry = own or inherited
-    if method in REWEIGHTINGS:
-        entry = entry or REWEIGHTINGS[method]()
+    if method in LEARNED_METHODS:
+        entry = entry or LEARNED_METHODS[method]()
         if entry.method != method:
             raise ValueError(
-                f"`{REWEIGHTING_KEY}` holds {entry!r}, which belongs to attn_implementation={entry.method!r}, and the "
+                f"`{LEARNED_KEY}` holds {entry!r}, which belongs to attn_implementation={entry.method!r}, and the "
                 f"model was asked for {method!r}. Name the same method in both."
             )
         config.attention_reweighting = entry
@@ -51,12 +50,12 @@ def settle_entries(config: PreTrainedConfig, inherited: Any = None) -> None:
                 f"The config has learned attention weights, {own!r}, and attn_implementation={method!r} would leave "
                 "them out: the outputs of the model would silently be wrong. Load it with attn_implementation="
                 f"{own.method!r}; a checkpoint that was saved with such weights names it itself. The base model's own "
-                f"checkpoint, without a `{REWEIGHTING_KEY}` entry, takes any implementation."
+                f"checkpoint, without a `{LEARNED_KEY}` entry, takes any implementation."
             )
         config.attention_reweighting = None
     for name in config.sub_configs:
         if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
-            settle_entries(sub_config, entry)
+            resolve_entries(sub_config, entry)
 
 
 def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
@@ -69,15 +68,15 @@ def attach(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     Raises:
         ValueError: if a module cannot carry them, or the configuration selects layers that do not exist.
     """
-    _refuse_tensor_parallelism(model.config)
+    _check_parallelism(model.config)
     modules = list(modules)
     for module in modules:
-        _refuse_undescribed_weights(model, module)
-    sites = [module.attention_drop_site for module in modules]
-    selections = [(site, site.config.attention_reweighting) for site in sites]
-    check_selection(type(model).__name__, REWEIGHTING_KEY, selections)
+        _check_described(model, module)
+    states = [module.attention_drop_state for module in modules]
+    selections = [(state.place, [state.config.attention_reweighting]) for state in states]
+    check_selection(type(model).__name__, LEARNED_KEY, selections)
     for module in modules:
-        _refuse_other_weights(model, module)
+        _check_same_method(model, module)
     new = [module for module in modules if not hasattr(module, "reweighting")]
     # All or nothing: a module that is refused must not leave a model half attached.
     for module, reweighting in [(module, _make(module)) for module in new]:
@@ -112,12 +111,12 @@ def record_implementations(config: PreTrainedConfig) -> str | dict[str, Any] | N
 def reset_missing(model: nn.Module) -> None:
     """Initialises the learned weights that no checkpoint brought; otherwise they would be uninitialised memory."""
     for module in model.modules():
-        if isinstance(module, Reweighting) and not getattr(module, "_is_hf_initialized", False):
+        if isinstance(module, LearnedWeights) and not getattr(module, "_is_hf_initialized", False):
             module.reset_parameters()
             module._is_hf_initialized = True
 
 
-def refuse_to_leave(model: PreTrainedModel, modules: Iterable[nn.Module], requested: Any) -> None:
+def check_can_leave(model: PreTrainedModel, modules: Iterable[nn.Module], requested: Any) -> None:
     """Refuses to switch modules with learned weights to an implementation that would leave them out.
 
     Raises:
@@ -132,17 +131,17 @@ def refuse_to_leave(model: PreTrainedModel, modules: Iterable[nn.Module], reques
         )
 
 
-def _refuse_undescribed_weights(model: nn.Module, module: nn.Module) -> None:
+def _check_described(model: nn.Module, module: nn.Module) -> None:
     """Refuses a module that is to learn, or has learned, what no config of the whole model describes."""
-    if module.attention_drop_site.config.attention_reweighting is None:
+    if module.attention_drop_state.config.attention_reweighting is None:
         raise ValueError(
             f"A {type(module).__name__} of {type(model).__name__} runs {module.config._attn_implementation!r}, and "
-            f"the config of the whole model has no `{REWEIGHTING_KEY}` for it: a checkpoint would reload without the "
+            f"the config of the whole model has no `{LEARNED_KEY}` for it: a checkpoint would reload without the "
             "learned weights. Ask the whole model for that attn_implementation."
         )
 
 
-def _refuse_other_weights(model: nn.Module, module: nn.Module) -> None:
+def _check_same_method(model: nn.Module, module: nn.Module) -> None:
     """Refuses a module that came with learned weights which the whole model's config describes otherwise."""
     existing = getattr(module, "reweighting", None)
     found, said = getattr(existing, "config", None), _configuration(module)
@@ -150,26 +149,27 @@ def _refuse_other_weights(model: nn.Module, module: nn.Module) -> None:
         raise ValueError(
             f"A {type(module).__name__} of {type(model).__name__} has learned weights for {found!r}, and the config "
             f"of the whole model says {said!r}: a checkpoint would reload as something else. Give both the same "
-            f"`{REWEIGHTING_KEY}`."
+            f"`{LEARNED_KEY}`."
         )
 
 
-def _configuration(module: nn.Module) -> ReweightingConfig | None:
+def _configuration(module: nn.Module) -> LearnedMethod | None:
     """What the module is to learn, by the config that governs it."""
-    site = module.attention_drop_site
-    config = site.config.attention_reweighting
-    return config if site.is_selected_by(config) else None
+    state = module.attention_drop_state
+    config = state.config.attention_reweighting
+    return config if config.selects(state.place) else None
 
 
-def _make(module: nn.Module) -> Reweighting | None:
+def _make(module: nn.Module) -> LearnedWeights | None:
     config = _configuration(module)
     if config is None:
         return None
-    _refuse_dropped_arguments(type(module))
-    projection = _projection(module)
-    weight = projection.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # A quantised weight is none.
-    return MODULES[type(config)](config, _dimensions(module, projection), device=weight.device, dtype=dtype)
+    module_class: type = type(module)
+    _check_passes_kwargs(module_class)
+    weight, hidden_size = _projection(module)
+    # The dtype of a quantized weight is no dtype for training.
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    return config.weights(config, _dimensions(module, hidden_size), device=weight.device, dtype=dtype)
 
 
 def _hand_over_states(
@@ -185,10 +185,12 @@ def _states_name(module_class: type[nn.Module]) -> str:
     return list(inspect.signature(module_class.forward).parameters)[1]
 
 
-def _projection(module: nn.Module) -> nn.Module:
-    """The projection that makes queries, alone or together with keys and values: it knows the size of the states."""
+def _projection(module: nn.Module) -> tuple[torch.Tensor, int]:
+    """Returns weight and input size of the projection that makes queries, alone or together with keys and values."""
     projections = {
-        name: child for name, child in module.named_modules() if hasattr(child, "weight") and _input_size(child)
+        name: (child.weight, size)
+        for name, child in module.named_modules()
+        if hasattr(child, "weight") and (size := getattr(child, "in_features", None) or getattr(child, "nx", None))
     }
     names = [name for name in projections if "q" in name.rpartition(".")[2].lower()] or list(projections)
     if not names:
@@ -199,12 +201,7 @@ def _projection(module: nn.Module) -> nn.Module:
     return projections[names[0]]
 
 
-def _input_size(module: nn.Module) -> int | None:
-    return getattr(module, "in_features", None) or getattr(module, "nx", None)
-
-
-def _dimensions(module: nn.Module, projection: nn.Module) -> Dimensions:
-    hidden_size = _input_size(projection)
+def _dimensions(module: nn.Module, hidden_size: int) -> Dimensions:
     num_heads = _first(HEADS_NAMES, module, module.config)
     if num_heads is None:
         raise ValueError(
@@ -222,7 +219,7 @@ def _first(names: Iterable[str], *owners: Any) -> int | None:
 
 
 @functools.cache
-def _refuse_dropped_arguments(module_class: type[nn.Module]) -> None:
+def _check_passes_kwargs(module_class: type[nn.Module]) -> None:
     parameters = inspect.signature(module_class.forward).parameters.values()
     keywords = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
     # Once in the signature, and once more where the attention function is called.
@@ -234,7 +231,7 @@ def _refuse_dropped_arguments(module_class: type[nn.Module]) -> None:
         )
 
 
-def _refuse_tensor_parallelism(config: PreTrainedConfig) -> None:
+def _check_parallelism(config: PreTrainedConfig) -> None:
     size = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
     if size > 1:
         raise ValueError(

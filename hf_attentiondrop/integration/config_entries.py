@@ -1,153 +1,190 @@
-"""The place of configurations in every Transformers config, and so in config.json.
+"""The entries `attention_drop` and `attention_reweighting` of every Transformers config, and so of config.json.
 
-Where no part of a model uses an entry, it matters where it came from. One that was read from config.json waits:
-checkpoints load with stock attention too. One that was given in a call, to `from_pretrained`, to the constructor of a
-config or by assignment to one, asks for something, and a model that is built with it and would ignore it is refused.
-All fields at once in a call of the constructor are the exception: a copy made by way of `to_dict` looks the same.
+Where no part of a model uses `attention_drop`, it matters where it came from. One that was read from config.json
+waits: checkpoints load with stock attention too. One that was given in a call, to `from_pretrained`, to the
+constructor of a config or by assignment, must have an effect, so a model that is built with it and would ignore it is
+refused. All settings at once in a call of the constructor are the exception: a copy made by way of `to_dict` looks the
+same.
 """
 
+import copy
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..methods.configuration import CONFIG_KEY, AttentionDropConfig, Configuration
+from ..attention.parts import configs_of
+from ..methods.method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation
+from ..methods.parsing import PerturbationLike, learned_method_from, perturbations_from
+from ..methods.state import check_peers, states_of
 from ..version import __version__
 
 
 logger = logging.getLogger(__name__)
 
 
-class GivenEntry(dict):
-    """An entry that was given in a call, and that no model was built for yet."""
+class GivenDict(dict):
+    """An entry that was given in a call, and that no model was built with yet."""
 
 
-class ConfigEntry:
-    """Makes a configuration a first-class entry of every Transformers config.
+class GivenList(list):
+    """The same of several methods."""
 
-    The value lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and
-    stock Transformers carries it along unread. Being a data descriptor it also makes `from_pretrained(..., key=...)`
-    reach the config. Reading it gives a [`Configuration`], or `None` where nothing was set.
 
-    Args:
-        key: the name of the entry.
-        parse: makes the configuration of an object or a dict.
+def register_config_entries() -> None:
+    """Adds both entries to [`~transformers.PreTrainedConfig`].
+
+    Raises:
+        RuntimeError: if something else already put an attribute of that name there.
+    """
+    for entry in (AttentionDropEntry(ATTENTION_DROP_KEY), LearnedMethodEntry(LEARNED_KEY)):
+        existing = PreTrainedConfig.__dict__.get(entry.key)
+        if existing is not None and not isinstance(existing, (AttentionDropEntry, LearnedMethodEntry)):
+            raise RuntimeError(
+                f"`PreTrainedConfig.{entry.key}` already exists ({existing!r}), put there by another package: two "
+                "owners of one key in config.json would overwrite each other. Import only one of them in this process."
+            )
+        setattr(PreTrainedConfig, entry.key, entry)
+
+
+class LearnedMethodEntry:
+    """The entry `attention_reweighting`: it tells the meaning of a model's learned weights, so it is fixed with them.
+
+    It lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and stock
+    Transformers ignores it. As a data descriptor it also makes `from_pretrained(..., attention_reweighting=...)` reach
+    the config. Reading it gives the method, or `None` where nothing was set.
+
+    Once weights exist the config also names its `attn_implementation`, and config.json with it: the checkpoint needs
+    no argument to load, and does not load where that name is unknown.
     """
 
-    def __init__(self, key: str, parse: Callable[[Any], Configuration]) -> None:
-        self.key, self.parse = key, parse
+    def __init__(self, key: str) -> None:
+        self.key = key
 
-    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Configuration | None:
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> LearnedMethod | None:
         value = None if config is None else config.__dict__.get(self.key)
-        return None if value is None else self.parse(value)
+        return None if value is None else learned_method_from(value)
 
-    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
+    def __set__(self, config: PreTrainedConfig, value: LearnedMethod | Mapping[str, Any] | None) -> None:
+        existing = self.__get__(config)
+        is_attached = existing is not None and "attn_implementation" in config.__dict__
+        if is_attached and (value is None or learned_method_from(value) != existing):
+            raise ValueError(
+                f"`{self.key}` cannot change to {value!r}: a model with learned weights for {existing!r} was built "
+                "with this config, and they would mean something else. Build another model from another config."
+            )
         if value is None:
             config.__dict__.pop(self.key, None)
             return
         try:
-            config.__dict__[self.key] = self.parse(value).to_dict()
+            config.__dict__[self.key] = learned_method_from(value).to_dict()
         except (TypeError, ValueError) as error:
             if not _is_read_from_file(config):
                 raise
             raise ValueError(_unreadable(self.key, config, error)) from error
 
-    def register(self) -> None:
-        """Adds the entry to [`~transformers.PreTrainedConfig`].
 
-        Raises:
-            RuntimeError: if something else already put an attribute of that name there.
-        """
-        existing = PreTrainedConfig.__dict__.get(self.key)
-        if existing is not None and not isinstance(existing, ConfigEntry):
-            raise RuntimeError(
-                f"`PreTrainedConfig.{self.key}` already exists ({existing!r}), put there by another package: two "
-                "owners of one key in config.json would overwrite each other. Import only one of them in this process."
-            )
-        setattr(PreTrainedConfig, self.key, self)
+class AttentionDropEntry:
+    """The entry `attention_drop`, which a composite config shares with its sub-configs.
 
+    Like [`LearnedMethodEntry`] it lives as plain JSON among the config's own attributes: a dict, or a list of dicts.
+    Reading it gives one [`Perturbation`], a tuple of them for a list, or `None` where nothing was set. An assignment
+    reaches the models that were built with the config.
 
-class SharedConfigEntry(ConfigEntry):
-    """An entry that a composite config shares with its sub-configs, since a module reads the one of its own model.
-
-    One that was read from config.json and that this release does not understand stays as it is, with a warning, since
-    the model may run without it. Reading it gives the plain dict.
+    An entry that was read from config.json and that this release does not understand is kept, with a warning, since
+    the model may run without it. Reading it gives the plain value.
     """
 
+    def __init__(self, key: str) -> None:
+        self.key = key
+
     def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Any:
+        value = None if config is None else config.__dict__.get(self.key)
+        if value is None:
+            return None
         try:
-            return super().__get__(config, owner)
+            perturbations = perturbations_from(value)
         except (TypeError, ValueError):
-            return config.__dict__[self.key]
+            return value
+        return perturbations if isinstance(value, list) else perturbations[0]
 
-    def __set__(self, config: PreTrainedConfig, value: Configuration | Mapping[str, Any] | None) -> None:
-        # While a config is being built the sub-configs bring their own values, which a saved difference between them
-        # must survive.
-        self._share(config, None if value is None else self._entry(config, value), _is_being_built(config))
+    def __set__(self, config: PreTrainedConfig, value: PerturbationLike | list[PerturbationLike] | None) -> None:
+        entry = None if value is None else self._entry(config, value)
+        configs = list(configs_of(config))
+        previous = [part.__dict__.get(self.key) for part in configs]
+        # While a config is being built the sub-configs bring their own values, and differences that were saved between
+        # them must survive.
+        self._share(config, entry, keeps_own=_is_being_built(config))
+        try:
+            _configure_states(configs)
+        except ValueError:
+            for part, before in zip(configs, previous, strict=True):
+                _put(part, self.key, before)
+            _configure_states(configs)
+            raise
 
-    def _entry(self, config: PreTrainedConfig, value: Any) -> dict[str, Any]:
+    def _entry(self, config: PreTrainedConfig, value: Any) -> Any:
         is_read = _is_read_from_file(config)
         try:
-            entry = self.parse(value).to_dict()
+            entry = to_entry(value)
         except (TypeError, ValueError) as error:
             if not is_read:
                 raise
-            _warn_once(
-                f"{_unreadable(self.key, config, error)} It is kept as it is; other attention implementations do not "
-                "need it."
-            )
+            _warn_once(f"{_unreadable(self.key, config, error)} It is kept, because other implementations ignore it.")
             return value
-        # A config that is built from all fields is a copy, made by way of `to_dict`.
-        is_copied = _is_being_built(config) and isinstance(value, Mapping) and value.keys() == entry.keys()
-        is_given = isinstance(value, GivenEntry) or not (is_read or is_copied)
-        return GivenEntry(entry) if is_given else entry
+        # A config that is built from all settings is a copy, made by way of `to_dict`.
+        is_copied = _is_being_built(config) and _is_complete(value, entry)
+        is_given = isinstance(value, (GivenDict, GivenList)) or not (is_read or is_copied)
+        if not is_given:
+            return entry
+        return GivenList(entry) if isinstance(entry, list) else GivenDict(entry)
 
     def _share(self, config: PreTrainedConfig, entry: Any, keeps_own: bool) -> None:
-        if entry is None:
-            config.__dict__.pop(self.key, None)
-        else:
-            config.__dict__[self.key] = type(entry)(entry)
+        _put(config, self.key, copy.deepcopy(entry))
         for name in config.sub_configs:
             sub_config = getattr(config, name, None)
             if isinstance(sub_config, PreTrainedConfig) and not (keeps_own and self.key in sub_config.__dict__):
                 self._share(sub_config, entry, keeps_own)
 
 
-def register_config_entry() -> None:
-    """Adds the entry `attention_drop` to [`~transformers.PreTrainedConfig`].
+def to_entry(value: PerturbationLike | list[PerturbationLike]) -> dict[str, Any] | list[dict[str, Any]]:
+    """Returns what config.json holds for one perturbation or a list of them.
 
     Raises:
-        RuntimeError: if something else already put an attribute of that name there.
+        ValueError: as [`perturbations_from`].
+        TypeError: as [`perturbations_from`].
     """
-    SharedConfigEntry(CONFIG_KEY, AttentionDropConfig.from_dict).register()
+    entries = [perturbation.to_dict() for perturbation in perturbations_from(value)]
+    return entries if isinstance(value, (list, tuple)) else entries[0]
 
 
-def attention_drop_of(config: PreTrainedConfig) -> AttentionDropConfig:
-    """The configuration of AttentionDrop that a config holds, the defaults if it holds none.
+def perturbations_of(config: PreTrainedConfig) -> tuple[Perturbation, ...]:
+    """Returns the perturbations that a config holds, the default one if it has no entry.
 
     Raises:
-        ValueError: if it was read from config.json and this release does not understand it.
+        ValueError: if the entry was read from config.json and this release does not understand it.
     """
-    entry = config.__dict__.get(CONFIG_KEY)
+    entry = config.__dict__.get(ATTENTION_DROP_KEY)
     try:
-        return AttentionDropConfig.from_dict({} if entry is None else entry)
+        return perturbations_from({} if entry is None else entry)
     except (TypeError, ValueError) as error:
-        raise ValueError(_unreadable(CONFIG_KEY, config, error)) from error
+        raise ValueError(_unreadable(ATTENTION_DROP_KEY, config, error)) from error
 
 
 def accept_given_entries(configs: Iterable[PreTrainedConfig]) -> None:
-    """Makes the entries of these configs those of the model that is being built with them."""
+    """Marks the entries of these configs as those of the model that is being built with them."""
     for config in configs:
-        if isinstance(config.__dict__.get(CONFIG_KEY), GivenEntry):
-            config.__dict__[CONFIG_KEY] = dict(config.__dict__[CONFIG_KEY])
+        entry = config.__dict__.get(ATTENTION_DROP_KEY)
+        if isinstance(entry, (GivenDict, GivenList)):
+            config.__dict__[ATTENTION_DROP_KEY] = list(entry) if isinstance(entry, list) else dict(entry)
 
 
-def refuse_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
-    """Refuses a configuration of AttentionDrop that was given for what does not run it.
+def check_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
+    """Checks that no perturbation was given for a model that does not run it.
 
     Args:
         name: the model's class.
@@ -157,12 +194,35 @@ def refuse_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None
         ValueError: if one of them holds an entry that was given in a call.
     """
     for config in configs:
-        if isinstance(config.__dict__.get(CONFIG_KEY), GivenEntry):
+        if isinstance(config.__dict__.get(ATTENTION_DROP_KEY), (GivenDict, GivenList)):
             raise ValueError(
-                f"`{CONFIG_KEY}` was given for {name} ({type(config).__name__}) with attn_implementation="
+                f"`{ATTENTION_DROP_KEY}` was given for {name} ({type(config).__name__}) with attn_implementation="
                 f"{config._attn_implementation!r}: it would have no effect, and attention would train unperturbed. "
-                f'Add attn_implementation="attentiondrop" or a learned method, or leave `{CONFIG_KEY}` out.'
+                f'Add attn_implementation="attentiondrop" or a learned method, or leave `{ATTENTION_DROP_KEY}` out.'
             )
+
+
+def _configure_states(configs: Iterable[PreTrainedConfig]) -> None:
+    """Tells the attention modules that the entries of these configs govern, if they run, what they hold now."""
+    running = [state for state in states_of(configs) if state.peers]
+    for state in running:
+        state.configure(perturbations_of(state.config))
+    for state in {id(state.peers): state for state in running}.values():
+        check_peers(state)
+
+
+def _put(config: PreTrainedConfig, key: str, entry: Any) -> None:
+    if entry is None:
+        config.__dict__.pop(key, None)
+    else:
+        config.__dict__[key] = entry
+
+
+def _is_complete(value: Any, entry: Any) -> bool:
+    """Returns whether a value names all settings of the entry that was made of it."""
+    if isinstance(entry, list):
+        return all(_is_complete(*pair) for pair in zip(value, entry, strict=True))
+    return isinstance(value, Mapping) and value.keys() >= entry.keys()
 
 
 def _is_being_built(config: PreTrainedConfig) -> bool:
@@ -170,9 +230,9 @@ def _is_being_built(config: PreTrainedConfig) -> bool:
 
 
 def _is_read_from_file(config: PreTrainedConfig) -> bool:
-    """Whether a config is being built from the contents of a file, and not by a call of its constructor."""
-    # Transformers tells neither its configs, and both end in the same call of the constructor.
-    stack = _stack()
+    """Returns whether a config is being built from the contents of a file, and not by a call of its constructor."""
+    # Transformers tells its configs neither, and both end in the same call of the constructor.
+    stack = list(_stack())
     return any(_builds(frame, config) for frame in stack) and any(map(_reads, stack))
 
 

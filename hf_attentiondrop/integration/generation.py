@@ -4,11 +4,11 @@ import functools
 import logging
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..methods.sites import attention_modules
-from .functions import runs_attention_drop
+from ..attention.modules import attention_modules
+from .functions import perturbations_of_module
+from .wrapping import wrapped
 
 
 logger = logging.getLogger(__name__)
@@ -24,23 +24,13 @@ def warn_of_training_mode(model_class: type[PreTrainedModel]) -> None:
         return
     from transformers import GenerationMixin  # Slow to import, and there by now.
 
-    original = GenerationMixin.generate
-    if getattr(original, "_wrapped_by_attentiondrop", False):
-        return
-
-    @functools.wraps(original)
-    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if any(_is_perturbed(module) for _, module in attention_modules(self)):
-            _warn_once()
-        return original(self, *args, **kwargs)
-
-    generate._wrapped_by_attentiondrop = True
-    GenerationMixin.generate = generate
+    GenerationMixin.generate = wrapped(GenerationMixin.generate, _generate)
 
 
-def _is_perturbed(module: nn.Module) -> bool:
-    site = getattr(module, "attention_drop_site", None)
-    return site is not None and module.training and runs_attention_drop(module) and site.perturbation is not None
+def _generate(self: PreTrainedModel, original: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(module.training and perturbations_of_module(module) for _, module in attention_modules(self)):
+        _warn_once()
+    return original(self, *args, **kwargs)
 
 
 @functools.cache

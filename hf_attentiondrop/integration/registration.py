@@ -1,40 +1,34 @@
 """What importing the package changes in Transformers: registry entries, two config entries, one checked property of
 configs, and four checked methods of models. The first model that may need it adds a warning to `generate`."""
 
-import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from ..attention.parts import configs_of, holders_of
-from ..methods.configuration import CONFIG_KEY
-from ..methods.reweighting_configuration import (
-    REWEIGHTING_KEY,
-    REWEIGHTINGS,
-    ReweightingConfigEntry,
-    reweighting_from_dict,
-)
-from ..methods.sites import AttentionSite, check_selection, refuse_capped_blur
-from .attach import attach, record_implementations, refuse_to_leave, reset_missing, settle_entries
-from .config_entries import accept_given_entries, refuse_given_entries, register_config_entry
-from .functions import NAME
+from ..methods import LEARNED_METHODS
+from ..methods.method import ATTENTION_DROP_KEY, check_selection
+from .attach import attach, check_can_leave, record_implementations, reset_missing, resolve_entries
+from .config_entries import accept_given_entries, check_given_entries, register_config_entries
+from .functions import is_perturbable, perturbations_of_module
 from .generation import warn_of_training_mode
 from .implementations import (
     FUNCTIONS,
+    check_parts,
     is_known,
     place_running,
-    refuse_unknown_parts,
     requests,
     resolve,
     unknown_name,
     uses_any,
 )
-from .support import refuse_unsupported_class, refuse_unsupported_modules
+from .support import check_class, check_modules
 from .switching import switch_the_rest, whole_or_nothing
+from .wrapping import wrapped
 
 
 def register() -> None:
@@ -54,44 +48,22 @@ def register() -> None:
                     "registered by another package: models would silently run one of the two. Import only one of "
                     "them in this process."
                 )
-    register_config_entry()
-    ReweightingConfigEntry(REWEIGHTING_KEY, reweighting_from_dict).register()
+    register_config_entries()
     for name, function in FUNCTIONS.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)
     for name, method in CHECKED_METHODS.items():
-        _wrap(name, method)
-    _check_requests()
+        setattr(PreTrainedModel, name, wrapped(getattr(PreTrainedModel, name), method))
+    # All ways to ask for an implementation, config.json among them, end in this property.
+    requested: Any = PreTrainedConfig._attn_implementation
+    PreTrainedConfig._attn_implementation = requested.setter(wrapped(requested.fset, _request))
 
 
-def _wrap(name: str, method: Any) -> None:
-    """Puts a method of ours around one of [`~transformers.PreTrainedModel`]; it is handed the original."""
-    original = getattr(PreTrainedModel, name)
-    if getattr(original, "_wrapped_by_attentiondrop", False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return method(self, original, *args, **kwargs)
-
-    wrapped._wrapped_by_attentiondrop = True
-    setattr(PreTrainedModel, name, wrapped)
-
-
-def _check_requests() -> None:
-    """Makes every config check what it is asked to run: all ways to ask, config.json among them, end there."""
-    original = PreTrainedConfig._attn_implementation
-    if getattr(original.fset, "_wrapped_by_attentiondrop", False):
-        return
-
-    @functools.wraps(original.fset)
-    def set_checked(self: PreTrainedConfig, value: str | dict | None) -> None:
-        value = resolve(value)
-        refuse_unknown_parts(self, value)
-        original.fset(self, value)
-
-    set_checked._wrapped_by_attentiondrop = True
-    PreTrainedConfig._attn_implementation = original.setter(set_checked)
+def _request(self: PreTrainedConfig, original: Any, value: str | dict | None) -> None:
+    """Checks the parts that a request names, and takes names with the package's prefix."""
+    value = resolve(value)
+    check_parts(self, value)
+    original(self, value)
 
 
 def _check_class(self: PreTrainedModel, original: Any, requested: str | None, *args: Any, **kwargs: Any) -> str:
@@ -103,7 +75,7 @@ def _check_class(self: PreTrainedModel, original: Any, requested: str | None, *a
             raise
         raise unknown_name(error, requested) from None
     if implementation in FUNCTIONS:
-        refuse_unsupported_class(type(self), implementation)
+        check_class(type(self), implementation)
     return implementation
 
 
@@ -118,7 +90,7 @@ def _complete_construction(self: PreTrainedModel, original: Any) -> None:
             _activate(self)
         record_implementations(self.config)
     else:
-        refuse_given_entries(type(self).__name__, configs_of(self.config))
+        check_given_entries(type(self).__name__, configs_of(self.config))
 
 
 def _initialize_learned_weights(self: PreTrainedModel, original: Any) -> None:
@@ -130,7 +102,7 @@ def _initialize_learned_weights(self: PreTrainedModel, original: Any) -> None:
 def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
     """Switches a whole model or nothing: Transformers itself would warn and leave some of it as it is."""
     attn_implementation = resolve(attn_implementation)
-    refuse_unknown_parts(self.config, attn_implementation)
+    check_parts(self.config, attn_implementation)
     requested = {id(config): name for config, name in requests(self.config, attn_implementation)}
     modules = [(h.module, requested[id(h.governing)]) for h in holders_of(self) if id(h.governing) in requested]
     running = {module.config._attn_implementation for module, _ in modules}
@@ -138,10 +110,10 @@ def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dic
         original(self, attn_implementation, *args, **kwargs)
         return
     leaving = [module for module, name in modules if name != module.config._attn_implementation]
-    refuse_to_leave(self, leaving, attn_implementation)
+    check_can_leave(self, leaving, attn_implementation)
     for module, name in modules:
         if isinstance(module, PreTrainedModel) and name in FUNCTIONS:
-            refuse_unsupported_class(type(module), name)
+            check_class(type(module), name)
     with whole_or_nothing(self):
         original(self, attn_implementation, *args, **kwargs)
         switch_the_rest(self, requested)
@@ -167,7 +139,7 @@ def _parts(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def _is_part_of_a_model_being_built(model: PreTrainedModel) -> bool:
     # Only the whole model can be judged: a convolutional backbone has no attention, and a decoder alone no encoder. A
     # part does not know its owner; the call stack does.
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
         if isinstance(builder, PreTrainedModel) and builder is not model:
@@ -182,26 +154,28 @@ def _activate(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if it cannot run that.
     """
-    settle_entries(model.config)
+    resolve_entries(model.config)
     configs = list(configs_of(model.config))
-    entries = [config.__dict__.get(CONFIG_KEY) for config in configs if config._attn_implementation in FUNCTIONS]
+    entries = [
+        config.__dict__.get(ATTENTION_DROP_KEY) for config in configs if config._attn_implementation in FUNCTIONS
+    ]
     # A composite's own entry is that of its parts.
-    idle = [config for config in configs if config.__dict__.get(CONFIG_KEY) not in entries]
-    refuse_given_entries(type(model).__name__, idle)
+    idle = [config for config in configs if config.__dict__.get(ATTENTION_DROP_KEY) not in entries]
+    check_given_entries(type(model).__name__, idle)
     accept_given_entries(configs)
     for part in _parts(model):
         if part.config._attn_implementation in FUNCTIONS:
-            refuse_unsupported_class(type(part), part.config._attn_implementation)
+            check_class(type(part), part.config._attn_implementation)
     running = [(module, module.config._attn_implementation) for module in place_running(model)]
     asked = next(config._attn_implementation for config in configs if config._attn_implementation in FUNCTIONS)
-    refuse_unsupported_modules(model, [module for module, _ in running], asked)
-    perturbed = [module for module, name in running if name == NAME or module.attention_drop_site.is_configured]
-    check_selection(type(model).__name__, CONFIG_KEY, [(site, site.drop) for site in _sites(perturbed)])
-    refuse_capped_blur(model, _sites(perturbed))
-    if learned := [module for module, name in running if name in REWEIGHTINGS]:
+    check_modules(model, [module for module, _ in running], asked)
+    perturbed = [module for module, _ in running if is_perturbable(module)]
+    states = [module.attention_drop_state for module in perturbed]
+    selections = [(state.place, state.perturbations) for state in states]
+    check_selection(type(model).__name__, ATTENTION_DROP_KEY, selections)
+    for module in perturbed:
+        for perturbation, _ in perturbations_of_module(module):
+            perturbation.check_module(module)
+    if learned := [module for module, name in running if name in LEARNED_METHODS]:
         attach(model, learned)
     warn_of_training_mode(type(model))
-
-
-def _sites(modules: Iterable[nn.Module]) -> list[AttentionSite]:
-    return [module.attention_drop_site for module in modules]

@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..methods.sites import attention_modules
-from .functions import NAME
+from ..attention.modules import attention_modules
+from .functions import ATTENTION_DROP
 
 
 _REMEDY = (
     'Load it with its own attention (attn_implementation="eager"), or use a model that calls the interface: BERT, '
     "RoBERTa, ViT, DeiT, BART, Marian, T5, Whisper, GPT-2, LLaMA, Mistral, Qwen, Gemma and many more. In a composite "
-    f'model, name only the parts that can: attn_implementation={{"text_config": "{NAME}"}}.'
+    f'model, name only the parts that can: attn_implementation={{"text_config": "{ATTENTION_DROP}"}}.'
 )
 _CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_implementation")
 
 
-def refuse_unsupported_class(model_class: type[PreTrainedModel], name: str) -> None:
+def check_class(model_class: type[PreTrainedModel], name: str) -> None:
     """Refuses a model class by its source, before any module or weight exists.
 
     Args:
@@ -52,7 +52,7 @@ def refuse_unsupported_class(model_class: type[PreTrainedModel], name: str) -> N
         )
 
 
-def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Module], name: str) -> None:
+def check_modules(model: PreTrainedModel, modules: Iterable[nn.Module], name: str) -> None:
     """Refuses a built model by its attention modules.
 
     Args:
@@ -88,7 +88,7 @@ def refuse_unsupported_modules(model: PreTrainedModel, modules: Iterable[nn.Modu
 
 
 def _is_unmarked_decoder(module: nn.Module) -> bool:
-    is_decoder = module.attention_drop_site.kind == "decoder_self" and getattr(module, "is_decoder", False)
+    is_decoder = module.attention_drop_state.place.kind == "decoder_self" and getattr(module, "is_decoder", False)
     return is_decoder and getattr(module, "is_causal", None) is False
 
 

@@ -15,25 +15,24 @@ from .implementations import FUNCTIONS
 
 @contextmanager
 def whole_or_nothing(model: PreTrainedModel) -> Iterator[None]:
-    """Gives a model its configs and sites back as they were, if anything is raised."""
+    """Restores the configs and module states of a model if anything is raised."""
     modules = [holder.module for holder in holders_of(model)]
     configs = {id(config): config for config in [*configs_of(model.config), *(module.config for module in modules)]}
     entries = [(config, dict(config.__dict__)) for config in configs.values()]
-    sites = {module: module.__dict__.get("attention_drop_site") for module in modules}
-    states = [(site, dict(site.__dict__), site.strength.clone()) for site in sites.values() if site is not None]
+    states = {module: module.__dict__.get("attention_drop_state") for module in modules}
+    before_states = [(state, dict(state.__dict__), state.values) for state in states.values() if state is not None]
     try:
         yield
     except BaseException:
         for config, before in entries:
             config.__dict__.clear()
             config.__dict__.update(before)
-        for module, site in sites.items():
-            module.__dict__.pop("attention_drop_site", None)
-            if site is not None:
-                module.attention_drop_site = site
-        for site, before, strength in states:
-            site.__dict__.update(before)
-            site.strength.copy_(strength)
+        for module, state in states.items():
+            module.__dict__.pop("attention_drop_state", None)
+            if state is not None:
+                module.attention_drop_state = state
+        for state, attributes, values in before_states:
+            state.restore(attributes, values)
         raise
 
 

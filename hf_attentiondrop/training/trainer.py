@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from ..attention.modules import attention_modules
 from ..hub import ModelCardMixin
-from ..integration.registration import FUNCTIONS
-from ..methods.sites import attention_modules
+from ..integration.implementations import FUNCTIONS
 from .arguments import ConsistencyArguments
 from .consistency import LabelAlignment, answer_losses, has_dropout, output_divergence, without_value
 from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing

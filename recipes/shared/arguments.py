@@ -1,7 +1,7 @@
 """The arguments that the recipes share, and what they say about attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.methods.configuration import FIELDS_OF_VARIANTS
-from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods import LEARNED_METHODS, PERTURBATIONS
 
 
 ATTENTION_DROP = "attentiondrop"
-ATTENTION_DROP_FIELDS = tuple(field.name for field in fields(AttentionDropConfig))
+SETTINGS = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
+ATTENTION_DROP_FIELDS = ("variant", *dict.fromkeys(name for names in SETTINGS.values() for name in names))
 
 
 @dataclass
@@ -116,23 +116,23 @@ def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, reweighting = values["attn_implementation"], values["attention_reweighting"]
     drop = {field_: values[field_] for field_ in ATTENTION_DROP_FIELDS if field_ in values}
-    is_dropping = name == ATTENTION_DROP or (name in REWEIGHTINGS and bool(drop))
+    is_dropping = name == ATTENTION_DROP or (name in LEARNED_METHODS and bool(drop))
     if drop and not is_dropping:
         flags = ", ".join(f"--{field_}" for field_ in drop)
         raise ValueError(
             f"{flags}: settings of AttentionDrop need --attn_implementation {ATTENTION_DROP} or one of "
-            f"{', '.join(REWEIGHTINGS)}, got {name}, where they would have no effect. Leave them out, or name one of "
-            "those."
+            f"{', '.join(LEARNED_METHODS)}, got {name}, where they would have no effect. Leave them out, or name one "
+            "of those."
         )
     options = {"attn_implementation": name, "attention_drop": AttentionDropConfig(**drop) if is_dropping else None}
     if reweighting is not None:
-        if name not in REWEIGHTINGS:
+        if name not in LEARNED_METHODS:
             raise ValueError(
-                f"--attention_reweighting configures {', '.join(REWEIGHTINGS)}, and --attn_implementation is {name}, "
-                "which learns nothing. Name one of them, or leave the configuration out."
+                f"--attention_reweighting configures {', '.join(LEARNED_METHODS)}, and --attn_implementation is "
+                f"{name}, which learns nothing. Name one of them, or leave the configuration out."
             )
         try:
-            options["attention_reweighting"] = REWEIGHTINGS[name].from_dict(yaml.safe_load(reweighting))
+            options["attention_reweighting"] = LEARNED_METHODS[name].from_dict(yaml.safe_load(reweighting))
         except (TypeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"--attention_reweighting must be a YAML mapping such as '{{init: paper}}', got {reweighting!r}."
@@ -167,7 +167,7 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
     default = AttentionDropConfig().variant
     old, new = (values.get("variant", default) for values in (of_file, {**of_file, **typed}))
     if new != old:
-        groups["variant"] = {name for variant, names in FIELDS_OF_VARIANTS.items() if variant != new for name in names}
+        groups["variant"] = {name for names in SETTINGS.values() for name in names} - {*SETTINGS.get(new, ())}
     left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
     return {flag: names for flag, names in left_out.items() if names}
 

@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_attentiondrop.methods.reweighting_configuration import REWEIGHTINGS
+from hf_attentiondrop.methods import LEARNED_METHODS
 
 from .arguments import ModelArguments, check_path
 
@@ -32,7 +32,10 @@ def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:
         raise ValueError("--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path.")
     check_path("--model_name_or_path", arguments.model_name_or_path)
     method = attention["attn_implementation"]
-    if method in REWEIGHTINGS and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting:
+    if (
+        method in LEARNED_METHODS
+        and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting
+    ):
         raise ValueError(
             f"--use_peft trains the learned weights of {method} beside the adapter, and PEFT would load that adapter "
             f"on {arguments.model_name_or_path}, which has none, without them. Save a base that has them first: "

@@ -17,8 +17,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.evaluation.hub_access import offline_if_cut_off
+from hf_attentiondrop.methods import PERTURBATIONS
+from hf_attentiondrop.methods.method import Perturbation
 
 from .arguments import attention_options, settings_left_out
 
@@ -49,8 +50,16 @@ class RecipeParser(HfArgumentParser):
         self.values: dict[str, Any] = {}
         self.given: set[str] = set()
         group = self.add_argument_group("AttentionDrop")
-        types, helps = get_type_hints(AttentionDropConfig), _documented_arguments(AttentionDropConfig)
-        for field_ in fields(AttentionDropConfig):
+        group.add_argument(
+            "--variant",
+            default=argparse.SUPPRESS,
+            help=f"Perturbation, one of {', '.join(PERTURBATIONS)} (default: hard)",
+        )
+        documented = {
+            field_.name: (field_, method) for method in reversed(PERTURBATIONS.values()) for field_ in fields(method)
+        }
+        for field_, method in documented.values():
+            types, helps = get_type_hints(method), _documented_arguments(method) | _documented_arguments(Perturbation)
             hint = types[field_.name]
             items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
             options = {"type": items[0], "nargs": "+"} if items else {"type": hint}

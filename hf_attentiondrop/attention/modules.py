@@ -1,0 +1,121 @@
+"""Which modules of a model attend through Transformers' attention interface, and where each is in its model."""
+
+import functools
+import inspect
+import io
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
+# Name of the attention interface in model files.
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Names of cross-attention in model files, and of the arguments that bring in the other sequence.
+CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
+OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of an attention module in its model.
+
+    Args:
+        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
+        stack: name of the stack of layers, such as `"model.decoder.layers"`.
+        layer: position in the stack.
+        num_layers: length of the stack.
+    """
+
+    kind: str
+    stack: str
+    layer: int
+    num_layers: int
+
+
+@functools.cache
+def uses_attention_interface(module_class: type[nn.Module]) -> bool:
+    """Returns whether a module's forward looks up its attention function in the interface, judging by its source.
+
+    Transformers has no flag for this: a model that ignores the interface accepts any registered name and silently
+    runs something else.
+    """
+    try:
+        source = inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return False
+    if INTERFACE not in source:
+        return False
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # A comment may mention it, too.
+    return any(token.type == tokenize.NAME and token.string == INTERFACE for token in tokens)
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the named modules of a model that attend through the interface."""
+    for name, module in model.named_modules():
+        module_class: type = type(module)
+        if uses_attention_interface(module_class):
+            yield name, module
+
+
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """Returns the place of every attention module, by name.
+
+    A stack is the path up to the first number, and that number is the layer. Where a stack consists of stages with
+    numbered blocks (Swin), the layers are the blocks that attend, counted across stages.
+    """
+    modules = dict(attention_modules(model))
+    paths = {name: _stack_and_block(model, name) for name in modules}
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for stack, block in paths.values():
+        if block not in blocks[stack]:
+            blocks[stack].append(block)
+
+    places = {}
+    for name, (stack, block) in paths.items():
+        kind, number = _kind_of(name, modules[name]), block.removeprefix(f"{stack}.")
+        if number.isdigit():
+            places[name] = Place(kind, stack, int(number), len(model.get_submodule(stack)))
+        else:
+            places[name] = Place(kind, stack, blocks[stack].index(block), len(blocks[stack]))
+    return places
+
+
+def _stack_and_block(model: nn.Module, name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return name, name
+    # Numbered siblings of different classes (T5's self-attention, cross-attention and feed-forward) are the inside of
+    # one layer, not layers.
+    while len(numbers) > 1 and len({type(m) for m in model.get_submodule(".".join(parts[: numbers[-1]]))}) > 1:
+        numbers.pop()
+    return ".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1])
+
+
+def _kind_of(name: str, module: nn.Module) -> str:
+    """Returns the kind of an attention module, judging by names in the model file: calls of both kinds look alike."""
+    path = name.lower().split(".")
+    numbers = [index for index, part in enumerate(path) if part.isdigit()]
+    # Below the layer's number: adapters wrap a module, and put names of their own behind the model file's.
+    first = min(len(path) - 2, numbers[-1] + 1 if numbers else len(path))
+    labels = (type(module).__name__.lower(), *path[max(first, 0) :])
+    parameters = inspect.signature(type(module).forward).parameters
+    if (
+        getattr(module, "is_cross_attention", False)
+        or any(mark in label for label in labels for mark in CROSS_NAMES)
+        or any(other in parameters and parameters[other].default is inspect.Parameter.empty for other in OTHER_STATES)
+    ):
+        return "cross"
+    is_decoder = _is_causal(module) or getattr(module, "is_decoder", False) or "decoder" in path
+    return "decoder_self" if is_decoder else "encoder_self"
+
+
+def _is_causal(module: nn.Module) -> bool:
+    if hasattr(module, "is_causal"):
+        return bool(module.is_causal)
+    # A module that says nothing is causal to SDPA.
+    return "is_causal" not in inspect.getsource(type(module).forward)

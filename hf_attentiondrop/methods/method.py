@@ -1,0 +1,273 @@
+"""The interface of a method: its settings, where it acts, what it does to an attention call, and its model card."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..attention.call import Attend, AttentionCall, AttentionOutput
+from ..attention.modules import ATTENTION_KINDS, Place
+from ..functional import INITS
+from ..validation import Config, is_filled_tuple, is_integer
+from .card import MethodCard
+
+
+ATTENTION_DROP_KEY = "attention_drop"
+LEARNED_KEY = "attention_reweighting"
+
+
+@dataclass(frozen=True, repr=False)
+class Method(Config, ABC):
+    """Base class of all methods: frozen dataclasses whose fields are the settings of the method."""
+
+    layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def cards(self) -> tuple[MethodCard, ...]:
+        """Returns what a model card says about the method, usually a single [`MethodCard`]."""
+
+    @property
+    def summary(self) -> str:
+        """The settings in one line, without `layers` and `attentions`."""
+        names = (name for name in self.settings() if name not in ("layers", "attentions"))
+        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def selects(self, place: Place) -> bool:
+        """Returns whether the method acts on an attention module at this place."""
+        return self.layers is None or place.layer in self.layers or place.layer - place.num_layers in self.layers
+
+    def _check_layers(self) -> None:
+        self._check(
+            "layers",
+            lambda layers: layers is None or is_filled_tuple(layers, is_integer),
+            "None or a non-empty list of integers",
+            "It numbers the layers to act on within each stack, negative from the end; None selects all.",
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Perturbation(Method):
+    """A method that perturbs attention in training and leaves evaluation alone.
+
+    A subclass is one row of the table in `methods/__init__.py`. Its fields are its settings; `layers` and `attentions`
+    are shared by all perturbations.
+
+    Args:
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on: `"encoder_self"`, `"decoder_self"`, `"cross"`.
+    """
+
+    key = ATTENTION_DROP_KEY
+    variant: ClassVar[str]
+    """Name in configurations, as in `attention_drop={"variant": "blur"}`."""
+    scheduled: ClassVar[str]
+    """The setting that a schedule may change during training, 0 for no perturbation."""
+    scales_output: ClassVar[bool] = False
+    """Whether the method only multiplies the attention output. It then runs around those that change the scores, with
+    which it commutes, and around learned methods."""
+
+    attentions: tuple[str, ...] = field(default=("encoder_self", "decoder_self"), kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._make_plain("layers", "attentions")
+        self._check_layers()
+        self._check(
+            "attentions",
+            lambda attentions: is_filled_tuple(attentions, ATTENTION_KINDS.__contains__),
+            f"a non-empty list from {ATTENTION_KINDS}",
+            "It selects the kinds of attention to act on.",
+        )
+
+    @abstractmethod
+    def attend(self, call: AttentionCall, attend: Attend, value: Tensor, /) -> AttentionOutput:
+        """Computes perturbed attention.
+
+        Args:
+            call: the attention call.
+            attend: computes attention without this method. Queries that see no key get zeros from it.
+            value: the scheduled setting, a float64 scalar on the CPU; use it instead of the field. As a tensor it can
+                change without recompiling a compiled model.
+
+        Returns:
+            The output `(B, Q, H, D)`, and the weights `(B, H, Q, K)` where `attend` returns some.
+        """
+
+    def selects(self, place: Place) -> bool:
+        """Returns whether the method acts on an attention module at this place."""
+        return place.kind in self.attentions and super().selects(place)
+
+    def check_module(self, module: nn.Module) -> None:  # noqa: B027  # Most methods act on every module.
+        """Checks whether the method can act on an attention module.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+
+    def needs_score_matrix(self, dropout: float) -> bool:
+        """Returns whether the method stores all scores on CUDA, at any length, under this attention dropout."""
+        return False
+
+    @property
+    def scheduled_value(self) -> float:
+        """The configured value of the setting that a schedule may change."""
+        return getattr(self, self.scheduled)
+
+    @property
+    def can_act(self) -> bool:
+        """Whether some scheduled value perturbs attention."""
+        return True
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the configured values perturb attention."""
+        return self.scheduled_value > 0 and self.can_act
+
+    @property
+    def summary(self) -> str:
+        """The perturbation in one line.
+
+        >>> from hf_attentiondrop import BlurredSmoothing
+        >>> BlurredSmoothing().summary
+        'blur sigma_max=1.0 width=5'
+        """
+        return f"{self.variant} {super().summary}"
+
+    def card_settings(self) -> dict[str, Any]:
+        """Returns the settings as a model card shows them."""
+        return {"variant": self.variant, **{name: getattr(self, name) for name in self.settings()}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the variant and its settings as plain JSON types."""
+        return {"variant": self.variant, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Any:
+        """Builds the perturbation from a mapping of its settings, with or without its `variant`."""
+        if not isinstance(values, cls) and hasattr(values, "items"):
+            values = {name: value for name, value in values.items() if name != "variant"}
+        return super().from_dict(values)
+
+
+class Dimensions(NamedTuple):
+    """Sizes of an attention module, and the standard deviation of its model's new weights."""
+
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    initializer_range: float = 0.02
+
+
+class LearnedWeights(nn.Module, ABC):
+    """The weights that a learned method adds to one attention module, as its child `reweighting`.
+
+    None of them is an `nn.Linear`, which model classes initialize, quantize and adapt in their own ways.
+
+    Args:
+        config: the method.
+        dimensions: those of the attention module.
+        factory: `device` and `dtype` of the weights.
+    """
+
+    acts_on_scores: ClassVar[bool] = False
+    """Whether the method runs inside of the perturbations, next to the base attention, instead of around them."""
+
+    def __init__(self, config: Any, dimensions: Dimensions, **factory: Any) -> None:
+        super().__init__()
+        self.config, self.dimensions = config, dimensions
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initializes weights that no checkpoint brought."""
+
+    @abstractmethod
+    def forward(self, states: Tensor, call: AttentionCall, attend: Attend) -> AttentionOutput:
+        """Computes attention through `attend` and the learned weights.
+
+        Args:
+            states: hidden states that entered the attention module, `(B, Q, hidden_size)`.
+            call: the attention call.
+            attend: computes attention without this method.
+        """
+
+    @property
+    def summary(self) -> str:
+        """The method, and what it has learned, in one line."""
+        return self.config.summary
+
+    def _reset_projection(self, weight: Tensor) -> None:
+        # At zero the model is the base model. Trained from scratch, the weight starts as its other projections do.
+        if self.config.init == "identity":
+            init.zeros_(weight)
+        else:
+            init.normal_(weight, std=self.dimensions.initializer_range)
+
+
+def project(states: Tensor, weight: Tensor) -> Tensor:
+    """Returns `states @ weight.T` in the dtype of the weight, which may be float32 on a model in half precision."""
+    return nn.functional.linear(states.to(weight.dtype), weight)
+
+
+class LearnedMethod(Method):
+    """A method with learned weights, which acts in training and in evaluation.
+
+    A subclass is one row of the table in `methods/__init__.py`.
+
+    Args:
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+    """
+
+    key = LEARNED_KEY
+    method: ClassVar[str]
+    """Name of the attention implementation, and of the method in configurations."""
+    weights: ClassVar[type[LearnedWeights]]
+    """The module that holds the weights."""
+
+    def _check_init(self) -> None:
+        self._check(
+            "init",
+            INITS.__contains__,
+            f"one of {INITS}",
+            '"identity" starts exactly as the base model, "paper" is for training from scratch.',
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the method and its settings as plain JSON types."""
+        return {"method": self.method, **super().to_dict()}
+
+
+def check_selection(owner: str, key: str, selections: Iterable[tuple[Place, Sequence[Method]]]) -> None:
+    """Checks that every method acts on some attention module, and every layer number exists.
+
+    Args:
+        owner: class of the whole model.
+        key: config entry that holds the methods.
+        selections: places of the attention modules that the entry governs, each with its methods.
+
+    Raises:
+        ValueError: if a layer exists in no stack, or if a method selects no module.
+    """
+    places: dict[Method, list[Place]] = {}
+    for place, methods in selections:
+        for method in methods:
+            places.setdefault(method, []).append(place)
+    for method, candidates in places.items():
+        lengths = {place.stack: place.num_layers for place in candidates}
+        for layer in method.layers or ():
+            if not any(-length <= layer < length for length in lengths.values()):
+                raise ValueError(
+                    f"`{key}` names layer {layer}, and {owner} has no such layer: it would have no effect. Layers "
+                    f"count from 0 within each stack, or from the end if negative; the stacks are {lengths}."
+                )
+        if not any(method.selects(place) for place in candidates):
+            kinds = sorted({place.kind for place in candidates})
+            selected = list(getattr(method, "attentions", ATTENTION_KINDS))
+            raise ValueError(
+                f"`{key}` selects attentions={selected} in layers={method.layers}, and no attention of "
+                f"{owner} matches: nothing would happen. Its attentions are {kinds}, its stacks {lengths}."
+            )

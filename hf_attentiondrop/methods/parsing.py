@@ -1,0 +1,128 @@
+"""Methods from the values that users and config.json give: names, dicts and lists."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from ..validation import suggestion
+from . import LEARNED_METHODS, PERTURBATIONS
+from .method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation
+
+
+# The first releases wrote the settings of both variants to config.json, those of the other one without effect.
+EARLY_VARIANTS = ("hard", "blur")
+EARLY_KEYS = {"variant", "p", "k", "fill", "sigma_max", "width", "layers", "attentions"}
+
+PerturbationLike = Perturbation | Mapping[str, Any]
+
+
+def AttentionDropConfig(variant: str = "hard", **settings: Any) -> Perturbation:  # noqa: N802
+    """Returns the perturbation of attention that a variant names.
+
+    Args:
+        variant (`str`, defaults to `"hard"`):
+            Name of a perturbation, such as `"hard"`, a [`HardMasking`], or `"blur"`, a [`BlurredSmoothing`]; see
+            `hf_attentiondrop.methods.PERTURBATIONS` for all.
+        settings: those of the perturbation.
+
+    Raises:
+        ValueError: for an unknown variant, a setting that the variant does not have, and a value out of range.
+
+    Example:
+
+    >>> AttentionDropConfig(variant="blur", sigma_max=0.5)
+    BlurredSmoothing(sigma_max=0.5, width=5, layers=None, attentions=('encoder_self', 'decoder_self'))
+    """
+    return perturbation_from({"variant": variant, **settings})
+
+
+def perturbation_from(values: PerturbationLike) -> Perturbation:
+    """Builds the perturbation that a mapping names by its `variant`, `"hard"` by default.
+
+    Raises:
+        ValueError: for an unknown variant, a setting that the variant does not have, and a value out of range.
+        TypeError: if `values` is not a mapping.
+
+    Example:
+
+    >>> perturbation_from({"p": 0.2})
+    HardMasking(p=0.2, k=5, fill='mask', layers=None, attentions=('encoder_self', 'decoder_self'))
+    """
+    if isinstance(values, Perturbation):
+        return values
+    if not isinstance(values, Mapping):
+        names = ", ".join(method.__name__ for method in PERTURBATIONS.values())
+        raise TypeError(
+            f"`{ATTENTION_DROP_KEY}` must be one of {names}, a dict of its settings such as "
+            f'{{"variant": "blur", "sigma_max": 0.5}}, or a list of these, got {values!r}.'
+        )
+    variant = values.get("variant", "hard")
+    if not isinstance(variant, str) or variant not in PERTURBATIONS:
+        raise ValueError(
+            f"`{ATTENTION_DROP_KEY}`: `variant` must be one of {tuple(PERTURBATIONS)}, got {variant!r}."
+            f"{suggestion(variant, PERTURBATIONS)} It names the perturbation."
+        )
+    method = PERTURBATIONS[variant]
+    names = method.settings()
+    if values.keys() == EARLY_KEYS and variant in EARLY_VARIANTS:
+        values = {name: value for name, value in values.items() if name in names}
+    for name in values:
+        if name not in ("variant", *names):
+            settings = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
+            owners = [owner for owner, known in settings.items() if name in known]
+            hint = f" It is a setting of {' and '.join(owners)}." if owners else ""
+            hint = hint or suggestion(name, dict.fromkeys(chain(names, *settings.values())))
+            raise ValueError(
+                f"Unknown key {name!r} in `{ATTENTION_DROP_KEY}`: variant={variant!r} does not use it, so "
+                f"{values[name]!r} would have no effect.{hint} Leave it out, or name another variant. The keys of "
+                f"{variant} are {', '.join(names)}."
+            )
+    return method.from_dict(values)
+
+
+def perturbations_from(values: PerturbationLike | Sequence[PerturbationLike]) -> tuple[Perturbation, ...]:
+    """Builds one perturbation, or several from a list, of which the first runs around the last.
+
+    Raises:
+        ValueError: as [`perturbation_from`], and for an empty list.
+        TypeError: as [`perturbation_from`].
+
+    Example:
+
+    >>> [method.variant for method in perturbations_from([{"variant": "blur"}, {"p": 0.2}])]
+    ['blur', 'hard']
+    """
+    if isinstance(values, (list, tuple)):
+        if not values:
+            raise ValueError(
+                f"`{ATTENTION_DROP_KEY}` must hold at least one perturbation, got an empty list: attention would "
+                'train unperturbed. Use attn_implementation="sdpa" for that.'
+            )
+        return tuple(perturbation_from(item) for item in values)
+    return (perturbation_from(values),)  # type: ignore[arg-type]  # Anything else is refused there.
+
+
+def learned_method_from(values: LearnedMethod | Mapping[str, Any]) -> LearnedMethod:
+    """Builds the learned method that a mapping names by its `method`.
+
+    Raises:
+        ValueError: for a `method` that is missing or unknown, and as the method itself does.
+        TypeError: if `values` is not a mapping.
+
+    Example:
+
+    >>> learned_method_from({"method": "attention_sink", "init": -2})
+    AttentionSinkConfig(init=-2, layers=None)
+    """
+    if isinstance(values, LearnedMethod):
+        return values
+    if not isinstance(values, Mapping):
+        names = ", ".join(method.__name__ for method in LEARNED_METHODS.values())
+        raise TypeError(f"`{LEARNED_KEY}` must be one of {names} or a dict of its settings, got {values!r}.")
+    if values.get("method") not in LEARNED_METHODS:
+        raise ValueError(
+            f"`{LEARNED_KEY}` must name its `method`, one of {list(LEARNED_METHODS)}, got {dict(values)!r}: the same "
+            "keys mean different things to them."
+        )
+    settings = {name: value for name, value in values.items() if name != "method"}
+    return LEARNED_METHODS[values["method"]].from_dict(settings)

@@ -1,0 +1,141 @@
+"""What an attention module remembers: which config governs it, what perturbs it, and how often that happened."""
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, WeakSet
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..attention.call import SDPA
+from ..attention.modules import Place
+from .method import ATTENTION_DROP_KEY, Perturbation, check_selection
+
+
+# Which modules an entry of a config governs, so that an assignment to it reaches them.
+_states: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _number(dtype: torch.dtype) -> Tensor:
+    # Models are often built under a meta device; a number needs storage.
+    return torch.zeros((), dtype=dtype, device="cpu")
+
+
+@dataclass(eq=False)
+class ModuleState:
+    """The state of one attention module, kept on it as `attention_drop_state`.
+
+    Args:
+        config: the config whose `attention_drop` entry governs the module: its own model's, or the nearest around it
+            that belongs to the whole model's config (T5 gives its stacks copies, which no later change would reach).
+        place: where the module is in its model.
+        calls: how many of its attention calls were perturbed.
+        base: attention implementation that computes the base attention.
+        scheduled: values that a schedule has set, by variant.
+        governor: weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
+        owner: class of the whole model.
+        peers: states of all modules of that model that run an implementation of this package, this one included; a
+            configuration is right or wrong for all of them.
+        perturbations: all that are configured, those that select other modules included.
+        active: those that perturb the module, each with its scheduled value.
+
+    `calls` and the values are tensors, because `torch.compile` would treat numbers as constants and recompile when
+    they change.
+
+    A module that is copied out of its model (a layer that is stacked twice, a module that PEFT trains a copy of) stays
+    governed by the model's config; a copy of the whole model is governed by the config that is copied with it.
+    """
+
+    config: PreTrainedConfig
+    place: Place
+    calls: Tensor = field(default_factory=lambda: _number(torch.int64))
+    base: str = SDPA
+    scheduled: dict[str, float] = field(default_factory=dict)
+    governor: "ReferenceType[PreTrainedModel] | None" = None
+    owner: str = ""
+    peers: "list[ModuleState]" = field(default_factory=list, repr=False)
+    perturbations: tuple[Perturbation, ...] = ()
+    active: tuple[tuple[Perturbation, Tensor], ...] = ()
+    _values: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _states.setdefault(self.config, WeakSet()).add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "governor": None}  # Weak references cannot be pickled.
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self.__post_init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleState":
+        governor = None if self.governor is None else self.governor()
+        is_alone = governor is not None and id(governor) not in memo
+        other = memo[id(self)] = object.__new__(type(self))  # Peers refer to it while they are copied.
+        for name, value in self.__getstate__().items():
+            is_shared = is_alone and name not in ("calls", "active", "_values")
+            other.__dict__[name] = value if is_shared else copy.deepcopy(value, memo)
+        if governor is not None:
+            other.governor = weakref.ref(governor if is_alone else memo[id(governor)])
+        other.__post_init__()
+        return other
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the config that governs the module has an entry, as opposed to the defaults."""
+        return self.config.__dict__.get(ATTENTION_DROP_KEY) is not None
+
+    def configure(self, perturbations: Sequence[Perturbation]) -> None:
+        """Sets what is configured, and ends a schedule."""
+        self.perturbations = tuple(perturbations)
+        self.schedule({})
+
+    def schedule(self, values: Mapping[str, float]) -> None:
+        """Sets the scheduled values of some variants; the others get their configured ones."""
+        self.scheduled = dict(values)
+        # A compiled model recompiles for other tensors, so those that are there are filled.
+        self._values.extend(_number(torch.float64) for _ in self.perturbations[len(self._values) :])
+        for perturbation, value in zip(self.perturbations, self._values, strict=False):
+            value.fill_(self.scheduled.get(perturbation.variant, perturbation.scheduled_value))
+        self.active = tuple(
+            (perturbation, value)
+            for perturbation, value in zip(self.perturbations, self._values, strict=False)
+            if perturbation.selects(self.place) and self._is_active(perturbation)
+        )
+
+    def _is_active(self, perturbation: Perturbation) -> bool:
+        # At a scheduled zero a method stays active: a compiled model would recompile for every change.
+        is_scheduled = perturbation.variant in self.scheduled
+        return perturbation.can_act if is_scheduled else perturbation.is_active
+
+    @property
+    def values(self) -> list[float]:
+        """The current scheduled values of all perturbations."""
+        return [value.item() for value in self._values[: len(self.perturbations)]]
+
+    def restore(self, attributes: Mapping[str, Any], values: Iterable[float]) -> None:
+        """Undoes changes, see [`~integration.switching.whole_or_nothing`]."""
+        self.__dict__.update(attributes)
+        for tensor, value in zip(self._values, values, strict=False):
+            tensor.fill_(value)
+
+
+def states_of(configs: Iterable[PreTrainedConfig]) -> Iterator[ModuleState]:
+    """Yields the states of all attention modules that one of these configs governs."""
+    for config in configs:
+        yield from list(_states.get(config, ()))
+
+
+def check_peers(state: ModuleState) -> None:
+    """Checks the configuration of all modules of a model.
+
+    Raises:
+        ValueError: as [`check_selection`].
+    """
+    configured = [peer for peer in state.peers if peer.is_configured]
+    check_selection(state.owner, ATTENTION_DROP_KEY, [(peer.place, peer.perturbations) for peer in configured])
