@@ -1,7 +1,7 @@
 """Tiny real training runs for the tests of the consistency trainers, on one process or on several.
 
-Dropout is off, and a hook adds to every token embedding a perturbation that depends on the token and on the pass
-alone. So every way to cut a batch into micro-batches and processes sees the same perturbations.
+Dropout is off, and a hook adds a perturbation to every token embedding that depends only on the token and on the
+pass. So every split of a batch into micro-batches and processes sees the same perturbations.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from transformers import (
     BertForTokenClassification,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
@@ -48,8 +50,26 @@ SMOOTHINGS = (0.0, 0.1)
 
 
 def build_model(task: str, *, dropout: bool = False, **config: Any) -> PreTrainedModel:
-    """The model of a task, always with the same weights."""
+    """The model of a task, with the same weights in every call."""
     return MODELS[task](**{"dropout": dropout, "attn_implementation": "sdpa", **config})
+
+
+def mixtral(**config: Any) -> PreTrainedModel:
+    """A mixture of experts with a load balancing loss."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            router_aux_loss_coef=0.5,
+            **config,
+        )
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -60,7 +80,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows(task: str, number: int = 8) -> list[dict[str, Any]]:
-    """Rows of unequal length with labels; some tokens have none."""
+    """Rows of unequal length; some tokens have no label."""
     generator = torch.Generator().manual_seed(1)
 
     def tokens(length: int) -> list[int]:
@@ -81,24 +101,30 @@ def rows(task: str, number: int = 8) -> list[dict[str, Any]]:
     return examples
 
 
+def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The rows of a batch without padding."""
+    size = len(next(iter(batch.values())))
+    return [{name: value[index].tolist() for name, value in batch.items()} for index in range(size)]
+
+
 def collator(task: str, model: PreTrainedModel | None = None) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """What pads the rows of a task."""
+    """The collator that pads the rows of a task."""
     if task == "classification":
         return DataCollatorWithPadding(tokenizer())
     return DataCollatorForSeq2Seq(tokenizer(), model=model if task == "seq2seq" else None)
 
 
-def perturb_embeddings(model: PreTrainedModel, strength: float = 0.5) -> None:
-    """Adds to each token embedding a wave that depends on the token and on the half of the batch that it is in."""
+def perturb_embeddings(model: PreTrainedModel, amplitude: float = 0.5) -> None:
+    """Adds a wave to each token embedding that depends on the token and on the half of the batch."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens = args[0]
         half = (torch.arange(len(tokens)) >= len(tokens) // 2).view(-1, 1, 1)
         phase = (1.0 + tokens.unsqueeze(-1)) * (1.0 + torch.arange(output.shape[-1])) + 2.5 * half
-        return output + strength * torch.sin(phase).to(output.dtype)
+        return output + amplitude * torch.sin(phase).to(output.dtype)
 
     for module in model.modules():
-        # PEFT and encoder-decoder models call tied embeddings by several names.
+        # PEFT and encoder-decoder models list tied embeddings under several names.
         if type(module) is nn.Embedding and module.num_embeddings == VOCAB_SIZE:
             module.register_forward_hook(hook)
 
@@ -106,7 +132,7 @@ def perturb_embeddings(model: PreTrainedModel, strength: float = 0.5) -> None:
 def plain_step(
     task: str, smoothing: float = 0.0, examples: list[dict[str, Any]] | None = None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """What one step on all rows at once should log, and its gradients, from the formulas as they are written."""
+    """The expected logs and gradients of one step on all rows, from the formulas."""
     model = build_model(task).train()
     perturb_embeddings(model)
     batch = collator(task, model)(rows(task) if examples is None else examples)
@@ -136,8 +162,24 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def first_logs(trainer: Trainer) -> dict[str, float]:
+    """The first log entry of a Trainer."""
+    return trainer.state.log_history[0]
+
+
+class RowCounter:
+    """Records the number of rows in every forward of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[int] = []
+        model.register_forward_hook(lambda module, args, kwargs, output: self.count(kwargs), with_kwargs=True)
+
+    def count(self, kwargs: dict[str, Any]) -> None:
+        self.rows.append(len(kwargs["input_ids"]))
+
+
 class GradientRecorder(TrainerCallback):
-    """Keeps the gradients of the last optimizer step."""
+    """Records the gradients of the last optimizer step."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -149,7 +191,7 @@ class GradientRecorder(TrainerCallback):
 def assert_same_step(
     step: tuple[dict[str, float], dict[str, Tensor]], expected: tuple[dict[str, float], dict[str, Tensor]]
 ) -> None:
-    """Compares logs and gradients of two steps, to 1e-6 the gradients."""
+    """Compares logs and gradients of two steps, the gradients to 1e-6."""
     (logs, gradients), (expected_logs, expected_gradients) = step, expected
     assert expected_gradients.keys() == gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -159,7 +201,7 @@ def assert_same_step(
 
 
 def arguments(output_dir: str, kind: type = AttentionDropTrainingArguments, **values: Any) -> Any:
-    """Training arguments for one quiet step on the CPU."""
+    """Training arguments for one step on the CPU without progress bar or checkpoints."""
     defaults = {
         "max_steps": 1,
         "max_grad_norm": 0.0,
@@ -181,16 +223,16 @@ def train(
     *,
     model: nn.Module | None = None,
     examples: list[dict[str, Any]] | None = None,
-    strength: float = 0.5,
+    amplitude: float = 0.5,
     trainer_class: type[Trainer] = AttentionDropTrainer,
     arguments_class: type = AttentionDropTrainingArguments,
     trainer_kwargs: dict[str, Any] | None = None,
     **values: Any,
 ) -> tuple[Trainer, dict[str, Tensor]]:
-    """Trains a task, by default one optimizer step on all its rows; gives the trainer and the last gradients."""
+    """Trains a task, by default one optimizer step on all rows; returns the trainer and the last gradients."""
     model = build_model(task) if model is None else model
-    if strength:
-        perturb_embeddings(model, strength)
+    if amplitude:
+        perturb_embeddings(model, amplitude)
     recorder = GradientRecorder()
     values = {
         "per_device_train_batch_size": batch_size,

@@ -1,4 +1,4 @@
-"""The divergence looks at the items of the task loss, whatever the task."""
+"""The divergence averages over the items of the task loss, for every task."""
 
 from typing import Any
 
@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hf_attentiondrop.training.consistency import LabelAlignment, answer_losses, has_dropout, output_divergence
-from hf_attentiondrop.training.losses import consistency_loss
+from hf_attentiondrop.training.alignment import LabelAlignment
+from hf_attentiondrop.training.arguments import ConsistencyArguments
+from hf_attentiondrop.training.batch import ConsistencyBatch
+from hf_attentiondrop.training.card import DIVERGENCE_FORMULAS, consistency_card
+from hf_attentiondrop.training.checks import has_dropout
+from hf_attentiondrop.training.losses import DIVERGENCES, consistency_loss
 
 from .models import build
 
@@ -17,50 +21,52 @@ PLAIN = LabelAlignment()
 CAUSAL = LabelAlignment(shifts_labels=True)
 
 
-def divergence(logits: Tensor, labels: Tensor | None, alignment: LabelAlignment = PLAIN, **kwargs: Any) -> Tensor:
-    return output_divergence({"logits": logits}, {"labels": labels}, alignment, **kwargs)
+def batch_of(labels: Tensor | None, alignment: LabelAlignment = PLAIN, **values: Any) -> ConsistencyBatch:
+    batch_size = 2 if labels is None else len(labels)
+    return ConsistencyBatch({"labels": labels}, batch_size, alignment, **values)
 
 
-def test_classification_takes_the_rows_that_have_a_label() -> None:
+def test_classification_takes_the_rows_with_a_label() -> None:
     logits = torch.randn(6, 4)
-    expected = consistency_loss(logits[[0, 2, 3, 5]])
     for labels in (torch.tensor([1, -100, 2]), torch.tensor([[1], [-100], [2]])):
-        torch.testing.assert_close(divergence(logits, labels), expected)
-    assert PLAIN.count_items({"labels": labels}, 3) == 2
+        batch = batch_of(labels)
+        torch.testing.assert_close(batch.divergence({"logits": logits}), consistency_loss(logits[[0, 2, 3, 5]]))
+        assert batch.num_items == 2
 
 
-def test_tokens_are_those_with_a_label() -> None:
+def test_token_tasks_take_the_tokens_with_a_label() -> None:
     logits, labels = torch.randn(4, 5, 7), torch.tensor([[1, -100, 2, -100, -100], [3, 4, -100, 5, 6]])
-    seen = torch.cat((labels, labels)).ne(-100)
-    torch.testing.assert_close(divergence(logits, labels), consistency_loss(logits[seen]))
-    assert PLAIN.count_items({"labels": labels}, 2) == 6
+    mask = torch.cat((labels, labels)).ne(-100)
+    batch = batch_of(labels)
+    torch.testing.assert_close(batch.divergence({"logits": logits}), consistency_loss(logits[mask]))
+    assert batch.num_items == 6
 
 
-def test_causal_language_models_look_one_position_back() -> None:
+def test_causal_language_models_shift_the_labels() -> None:
     logits, labels = torch.randn(4, 5, 7), torch.tensor([[1, -100, 2, -100, -100], [3, 4, -100, 5, 6]])
-    seen = torch.cat((labels, labels))[:, 1:].ne(-100)
-    expected = consistency_loss(logits[:, :-1][seen])
-    torch.testing.assert_close(divergence(logits, labels, CAUSAL), expected)
-    assert CAUSAL.count_items({"labels": labels}, 2) == 4
+    mask = torch.cat((labels, labels))[:, 1:].ne(-100)
+    batch = batch_of(labels, CAUSAL)
+    torch.testing.assert_close(batch.divergence({"logits": logits}), consistency_loss(logits[:, :-1][mask]))
+    assert batch.num_items == 4
 
 
-def test_shifted_labels_are_taken_as_they_are() -> None:
+def test_shifted_labels_are_not_shifted_again() -> None:
     logits, labels = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, -100]])
-    batch = {"labels": torch.zeros(1, 4, dtype=torch.long), "shift_labels": labels}
-    value = output_divergence({"logits": logits}, batch, CAUSAL)
-    torch.testing.assert_close(value, consistency_loss(logits[:, :3]))
-    assert CAUSAL.count_items(batch, 1) == 3
+    batch = ConsistencyBatch({"labels": torch.zeros(1, 4, dtype=torch.long), "shift_labels": labels}, 1, CAUSAL)
+    torch.testing.assert_close(batch.divergence({"logits": logits}), consistency_loss(logits[:, :3]))
+    assert batch.num_items == 3
 
 
-def test_virtual_tokens_stand_before_the_labels() -> None:
+def test_virtual_tokens_precede_the_labels() -> None:
     logits, labels = torch.randn(2, 2 + 4, 7), torch.tensor([[1, 2, -100, 3]])
-    causal = LabelAlignment(shifts_labels=True, virtual_tokens=2)
-    torch.testing.assert_close(divergence(logits, labels, causal), consistency_loss(logits[:, [1, 2, 4]]))
-    assert causal.count_items({"labels": labels}, 1) == 3
-    plain = LabelAlignment(virtual_tokens=2)
-    torch.testing.assert_close(divergence(logits, labels, plain), consistency_loss(logits[:, [2, 3, 5]]))
-    # Encoder-decoder models put them into the encoder, and the logits get none.
-    torch.testing.assert_close(divergence(logits[:, 2:], labels, plain), consistency_loss(logits[:, [2, 3, 5]]))
+    causal = batch_of(labels, LabelAlignment(shifts_labels=True, virtual_tokens=2))
+    torch.testing.assert_close(causal.divergence({"logits": logits}), consistency_loss(logits[:, [1, 2, 4]]))
+    assert causal.num_items == 3
+    plain = batch_of(labels, LabelAlignment(virtual_tokens=2))
+    expected = consistency_loss(logits[:, [2, 3, 5]])
+    torch.testing.assert_close(plain.divergence({"logits": logits}), expected)
+    # Encoder-decoder models insert them into the encoder, so the logits have no positions for them.
+    torch.testing.assert_close(plain.divergence({"logits": logits[:, 2:]}), expected)
 
 
 @pytest.mark.parametrize(
@@ -73,30 +79,45 @@ def test_virtual_tokens_stand_before_the_labels() -> None:
         (4, torch.tensor([0, 3, 1]), None, "single_label_classification"),
     ],
 )
-def test_the_kind_of_problem_is_found_as_transformers_finds_it(
+def test_the_problem_type_is_inferred_as_in_transformers(
     classes: int, labels: Tensor, problem_type: str | None, resolved: str
 ) -> None:
-    logits = torch.randn(6, classes)
-    value = divergence(logits, labels, problem_type=problem_type)
-    torch.testing.assert_close(value, consistency_loss(logits, problem_type=resolved))
-    assert PLAIN.count_items({"labels": labels}, 3) == 3
+    logits, batch = torch.randn(6, classes), batch_of(labels, problem_type=problem_type)
+    torch.testing.assert_close(batch.divergence({"logits": logits}), consistency_loss(logits, problem_type=resolved))
+    assert batch.num_items == 3
 
 
-def test_answers_are_compared_by_their_start_and_their_end() -> None:
+def test_question_answering_compares_start_and_end_positions() -> None:
     start, end = torch.randn(4, 6), torch.randn(4, 6)
-    batch = {
+    inputs = {
         "input_ids": torch.zeros(2, 6, dtype=torch.long),
         "start_positions": torch.tensor([2, 6]),
         "end_positions": torch.tensor([[3], [-1]]),
     }
-    outputs = {"start_logits": start, "end_logits": end}
-    value = output_divergence(outputs, batch, PLAIN)
-    torch.testing.assert_close(value, torch.stack((consistency_loss(start[[0, 2]]), consistency_loss(end))))
-    assert PLAIN.count_items(batch, 2).tolist() == [1, 2]
-    assert LabelAlignment(virtual_tokens=1).count_items(batch, 2).tolist() == [2, 2]
+    outputs, batch = {"start_logits": start, "end_logits": end}, ConsistencyBatch(inputs, 2)
+    expected = torch.stack((consistency_loss(start[[0, 2]]), consistency_loss(end)))
+    torch.testing.assert_close(batch.divergence(outputs), expected)
+    assert batch.num_items.tolist() == [1, 2]
+    assert ConsistencyBatch(inputs, 2, LabelAlignment(virtual_tokens=1)).num_items.tolist() == [2, 2]
     positions = torch.tensor([2, -100, 2, -100]), torch.tensor([3, 0, 3, 0])
-    expected = [cross_entropy(*pair) for pair in zip((start, end), positions, strict=True)]
-    torch.testing.assert_close(answer_losses(outputs, batch, PLAIN), torch.stack(expected))
+    losses = torch.stack([cross_entropy(*pair) for pair in zip((start, end), positions, strict=True)])
+    torch.testing.assert_close(batch.task_loss(torch.tensor(torch.nan), outputs, torch.ones(2)), losses)
+
+
+def test_the_task_loss_stays_where_the_items_of_a_batch_weigh_the_same() -> None:
+    loss = torch.tensor(3.0)
+    inputs = {"input_ids": torch.zeros(2, 6), "start_positions": torch.ones(2), "end_positions": torch.ones(2)}
+    assert ConsistencyBatch(inputs, 2).task_loss(loss, {}, torch.ones(2)) is loss
+    assert batch_of(torch.tensor([1, -100])).task_loss(loss, {}, torch.ones(())) is loss
+
+
+def test_the_task_loss_without_items_is_zero_and_sends_no_gradient_through_the_logits() -> None:
+    hidden, balance = torch.ones(4, 3, requires_grad=True), torch.ones((), requires_grad=True)
+    logits = 2 * hidden
+    loss = cross_entropy(logits, torch.full((4,), -100)) + balance
+    value = batch_of(torch.tensor([-100, -100])).task_loss(loss, {"logits": logits}, torch.ones(()))
+    value.backward()
+    assert value == 0 and hidden.grad.eq(0).all() and balance.grad == 1
 
 
 @pytest.mark.parametrize(
@@ -109,13 +130,22 @@ def test_answers_are_compared_by_their_start_and_their_end() -> None:
         ({"logits": torch.zeros(4, 9, 3)}, torch.zeros(2, 5).long(), r"labels of 9 positions.*got shape \(2, 5\)"),
     ],
 )
-def test_tasks_whose_items_are_unknown_are_refused(outputs: Any, labels: Tensor | None, message: str) -> None:
+def test_a_task_with_unknown_items_raises(outputs: Any, labels: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        output_divergence(outputs, {"labels": labels}, PLAIN)
+        batch_of(labels).divergence(outputs)
 
 
 def test_dropout_is_found_in_modules_and_in_functional_calls() -> None:
     assert has_dropout(build("bert")) and not has_dropout(build("bert", dropout=False))
     assert has_dropout(build("marian")) and not has_dropout(build("marian", dropout=False))
-    assert not has_dropout(build("marian", dropout=False, encoder_layerdrop=0.5)), "it hits both passes alike"
+    assert not has_dropout(build("marian", dropout=False, encoder_layerdrop=0.5)), "it skips a layer in both passes"
     assert has_dropout(build("llama", attention_dropout=0.1)) and not has_dropout(build("llama"))
+
+
+def test_every_divergence_has_a_formula_on_the_card() -> None:
+    assert DIVERGENCE_FORMULAS.keys() == DIVERGENCES.keys()
+    for name, formula in DIVERGENCE_FORMULAS.items():
+        card = consistency_card(ConsistencyArguments(consistency_weight=0.5, consistency_divergence=name))
+        assert formula in card.formula and "2106.14448" in card.citation
+        expected = {"consistency_weight": 0.5, "consistency_divergence": name, "consistency_warmup_steps": 0}
+        assert card.settings == expected

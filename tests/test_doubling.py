@@ -1,4 +1,4 @@
-"""Every input of a batch is repeated as the model reads it, or refused by name."""
+"""Every input of a batch is repeated in the layout that the model reads, or raises an error with its name."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_attentiondrop.training.doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+from hf_attentiondrop.training.doubling import batch_size_of, check_packing, double_batch, first_half
 
 from .models import build, inputs
 
 
-def test_batch_first_tensors_follow_each_other() -> None:
+def test_batch_first_tensors_are_concatenated() -> None:
     values = {"input_ids": torch.arange(6).view(2, 3), "labels": torch.tensor([0, 1]), "flag": True, "none": None}
     doubled = double_batch(values, 2)
     assert doubled["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
     assert doubled["labels"].tolist() == [0, 1, 0, 1]
     assert doubled["flag"] is True and doubled["none"] is None
-    assert values["input_ids"].shape == (2, 3), "the batch itself stays as it is"
+    assert values["input_ids"].shape == (2, 3), "the batch itself does not change"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -29,7 +29,7 @@ def test_position_ids_of_several_axes_are_repeated_along_their_rows(batch_size: 
     assert all(torch.equal(half, position_ids) for half in doubled.chunk(2, dim=1))
 
 
-def test_what_all_rows_share_stays() -> None:
+def test_inputs_shared_by_all_rows_are_kept() -> None:
     values = {
         "position_ids": torch.arange(4)[None],
         "attention_mask": torch.ones(1, 1, 4, 4),
@@ -40,7 +40,7 @@ def test_what_all_rows_share_stays() -> None:
     assert double_batch({"attention_mask": torch.ones(1, 4)}, 1)["attention_mask"].shape == (2, 4)
 
 
-def test_offsets_of_packed_documents_go_on() -> None:
+def test_offsets_of_packed_documents_are_continued() -> None:
     offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
     doubled = double_batch({"cu_seq_lens_q": offsets, "max_length_q": 4, "input_ids": torch.zeros(1, 7)}, 1)
     assert doubled["cu_seq_lens_q"].tolist() == [0, 3, 7, 10, 14] and doubled["cu_seq_lens_q"].dtype == torch.int32
@@ -48,7 +48,7 @@ def test_offsets_of_packed_documents_go_on() -> None:
 
 
 def test_a_single_document_needs_no_offsets() -> None:
-    """They would say that two documents are packed, where there are two rows."""
+    """Offsets would mark two packed documents, but the doubled batch has two rows."""
     batch = {"cu_seq_lens_q": torch.tensor([0, 7]), "seq_idx": torch.zeros(1, 7), "input_ids": torch.zeros(1, 7)}
     doubled = double_batch(batch, 1)
     assert doubled["cu_seq_lens_q"] is None and doubled["seq_idx"].shape == (2, 7)
@@ -61,7 +61,7 @@ def test_lists_of_images_are_repeated_whole() -> None:
     assert doubled["image_grid_thw"].shape == (6, 3)
 
 
-def test_structures_are_repeated_inside() -> None:
+def test_nested_structures_are_repeated() -> None:
     states = torch.rand(2, 3, 4)
     doubled = double_batch(
         {"encoder_outputs": BaseModelOutput(states), "pair": (states,), "masks": {"full": states}, "text": ["a", "b"]},
@@ -81,12 +81,12 @@ def test_structures_are_repeated_inside() -> None:
         ("boxes", [torch.zeros(4)], "a list"),
     ],
 )
-def test_the_unknown_is_refused_by_name(name: str, value: Any, got: str) -> None:
+def test_an_unknown_input_raises_with_its_name(name: str, value: Any, got: str) -> None:
     with pytest.raises(ValueError, match=f"the input `{name}`.*first dimension of 3, the batch size, got {got}"):
         double_batch({name: value}, 3)
 
 
-def test_the_batch_size_is_that_of_the_main_input() -> None:
+def test_the_batch_size_comes_from_the_main_input() -> None:
     values = {"pixel_values": torch.zeros(7, 3), "input_ids": torch.zeros(2, 5)}
     assert batch_size_of(values) == 2 and batch_size_of(values, "pixel_values") == 7
     with pytest.raises(ValueError, match=r"Cannot tell the batch size.*got \['other'\]"):
@@ -94,7 +94,7 @@ def test_the_batch_size_is_that_of_the_main_input() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
-def test_a_doubled_batch_gives_every_output_twice(family: str) -> None:
+def test_a_doubled_batch_returns_every_output_twice(family: str) -> None:
     model, batch = build(family, attn_implementation="sdpa"), inputs(family)
     outputs = model(**batch, output_hidden_states=True)
     doubled = model(**double_batch(batch, 4), output_hidden_states=True)
@@ -106,7 +106,7 @@ def test_a_doubled_batch_gives_every_output_twice(family: str) -> None:
 
 
 def test_packed_documents_stay_apart_in_both_rows() -> None:
-    """Documents that only the position ids mark, as padding-free collators make them."""
+    """With position ids as the only marks, as padding-free collators make them."""
     model = build("llama", attn_implementation="sdpa")
     input_ids = torch.randint(3, 60, (1, 9))
     packed = {"input_ids": input_ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
@@ -115,10 +115,13 @@ def test_packed_documents_stay_apart_in_both_rows() -> None:
         torch.testing.assert_close(row[4:], second[0])
 
 
-def test_packed_documents_that_flash_attention_would_mix_are_refused() -> None:
+def test_packed_documents_that_flash_attention_would_mix_raise() -> None:
     packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
-    with pytest.raises(ValueError, match="documents would attend to each other.*return_flash_attn_kwargs"):
-        refuse_hidden_packing(packed, "flash_attention_2")
-    refuse_hidden_packing(packed, "attentiondrop")
-    refuse_hidden_packing({"position_ids": torch.arange(5)[None]}, "flash_attention_2")
-    refuse_hidden_packing({**packed, "cu_seq_lens_q": torch.tensor([0, 3, 5])}, "flash_attention_2")
+    with pytest.raises(
+        ValueError,
+        match="got `position_ids` alone.*documents would attend to each other.*return_flash",
+    ):
+        check_packing(packed, "flash_attention_2")
+    check_packing(packed, "attentiondrop")
+    check_packing({"position_ids": torch.arange(5)[None]}, "flash_attention_2")
+    check_packing({**packed, "cu_seq_lens_q": torch.tensor([0, 3, 5])}, "flash_attention_2")

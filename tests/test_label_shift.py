@@ -1,4 +1,4 @@
-"""Whether a head shifts its labels is what its loss does, for every language-model head that Transformers has."""
+"""The detected shift of the labels matches the loss, for every language-model head of Transformers."""
 
 import inspect
 from collections import Counter
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_attentiondrop.training.consistency import LabelAlignment
+from hf_attentiondrop.training.alignment import LabelAlignment
 from hf_attentiondrop.training.label_shift import shifts_labels
 
 from .architectures import ARCHITECTURES, tiny_config
@@ -19,7 +19,7 @@ from .models import build, inputs
 
 
 KINDS = ("CAUSAL_LM", "SEQ_TO_SEQ", "IMAGE_TEXT", "MULTIMODAL", "SPEECH_SEQ", "MASKED_LM", "WITH_LM")
-# They take gigabytes, minutes or settings of their own.
+# They need gigabytes, minutes or special settings.
 TOO_LARGE = frozenset(
     {
         "BltForCausalLM",
@@ -30,7 +30,7 @@ TOO_LARGE = frozenset(
         "VibeVoiceForConditionalGeneration",
     }
 )
-# Their names say nothing of a loss, so that theirs is the default one, the causal.
+# Their names imply no loss type, so they use the default one, the causal loss.
 NAMELESS = [
     name for name in ("EvollaForProteinText2Text", "NemotronH_Omni_Reasoning_V3") if hasattr(transformers, name)
 ]
@@ -61,7 +61,7 @@ def tiny(name: str, **given: Any) -> PreTrainedModel:
 
 
 def shift_of_loss(model: PreTrainedModel) -> bool:
-    """Measured: the loss of a head that shifts does not ask for the first label."""
+    """Measures the shift: a loss that shifts does not depend on the first label."""
     input_ids = torch.randint(10, 90, (BATCH, LENGTH))
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     accepted = inspect.signature(model.forward).parameters
@@ -102,14 +102,14 @@ def shift_of_loss(model: PreTrainedModel) -> bool:
         ("LlavaForConditionalGeneration", True),
     ],
 )
-def test_the_shift_is_that_of_the_loss(name: str, shifts: bool) -> None:
+def test_the_shift_matches_the_loss(name: str, shifts: bool) -> None:
     model = tiny(name)
     assert shift_of_loss(model) == shifts
     assert shifts_labels(model) == shifts
 
 
 @pytest.mark.slow
-def test_the_shift_is_that_of_the_loss_for_every_head() -> None:
+def test_the_shift_matches_the_loss_of_every_head() -> None:
     results = Counter()
     for name in heads():
         model_class = getattr(transformers, name, None)
@@ -120,7 +120,7 @@ def test_the_shift_is_that_of_the_loss_for_every_head() -> None:
                 raise MemoryError
             model = tiny(name)
             measured = shift_of_loss(model)
-        except Exception:  # Some want more than tiny settings, or pictures and sounds.
+        except Exception:  # Some need more than tiny settings, or images and audio.
             results["not measured"] += 1
             continue
         assert shifts_labels(model) == measured, name
@@ -130,9 +130,7 @@ def test_the_shift_is_that_of_the_loss_for_every_head() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "shifts"), [("opt", True), ("t5", False)])
-def test_a_head_that_leaves_its_labels_to_one_of_its_parts_does_what_that_part_does(
-    model_type: str, shifts: bool
-) -> None:
+def test_a_head_that_passes_its_labels_to_a_submodule_shifts_like_the_submodule(model_type: str, shifts: bool) -> None:
     config = tiny_config(InstructBlipConfig, {"text_config": {"model_type": model_type}})
     with torch.device("meta"):
         model = InstructBlipForConditionalGeneration(config)
@@ -140,7 +138,7 @@ def test_a_head_that_leaves_its_labels_to_one_of_its_parts_does_what_that_part_d
 
 
 @pytest.mark.parametrize("name", NAMELESS)
-def test_a_head_without_a_loss_type_has_the_default_one(name: str) -> None:
+def test_a_head_without_a_loss_type_uses_the_default_loss(name: str) -> None:
     model_class = getattr(transformers, name)
     with torch.device("meta"):
         assert shifts_labels(model_class(tiny_config(model_class.config_class, {})))
@@ -181,29 +179,29 @@ class Moved(Own):
 @pytest.mark.parametrize(
     ("model_class", "shifts"), [(Subclass, True), (Own, False), (Hidden, None), (Rolled, None), (Moved, None)]
 )
-def test_models_of_ones_own(model_class: type, shifts: bool | None) -> None:
+def test_custom_models(model_class: type, shifts: bool | None) -> None:
     assert shifts_labels(model_class(build("llama").config)) is shifts
 
 
-def test_a_loss_function_of_ones_own_is_not_guessed_at() -> None:
+def test_the_shift_of_a_custom_loss_function_is_unknown() -> None:
     model = build("llama")
     model.loss_function = lambda logits, labels, **kwargs: logits.mean()
     assert shifts_labels(model) is None
 
 
-def test_what_cannot_be_told_is_refused_where_it_matters() -> None:
+def test_an_unknown_shift_raises_only_where_it_matters() -> None:
     alignment = LabelAlignment.of_model(Hidden(build("llama").config))
     batch = inputs("llama")
-    for read in (lambda: alignment.count_items(batch, 4), lambda: alignment.targets(batch, 10)):
-        with pytest.raises(ValueError, match="from the source of Hidden whether its loss.*self.loss_function"):
-            read()
+    for call in (lambda: alignment.count_items(batch, 4), lambda: alignment.targets(batch, 10)):
+        with pytest.raises(ValueError, match="source of Hidden does not show whether its loss.*self.loss_function"):
+            call()
     assert alignment.count_items({"labels": torch.tensor([0, -100, 2])}, 3) == 2
     assert alignment.count_items({"labels": torch.rand(3, 4)}, 3) == 3
     assert alignment.count_items({**batch, "shift_labels": batch["labels"]}, 4) == 40
 
 
-def test_the_loss_that_a_trainer_computes_shifts_as_the_trainer_does() -> None:
-    """Label smoothing takes the labels from the model, and goes by the name."""
+def test_with_label_smoothing_the_trainer_decides_about_the_shift() -> None:
+    """It computes the loss itself, and shifts the labels for the classes of the causal auto model."""
     model = tiny("BartForCausalLM")
     assert not LabelAlignment.of_model(model).shifts_labels
     assert LabelAlignment.of_model(model, smooths_labels=True).shifts_labels
@@ -212,7 +210,7 @@ def test_the_loss_that_a_trainer_computes_shifts_as_the_trainer_does() -> None:
     assert not LabelAlignment.of_model(llava, smooths_labels=True).shifts_labels
 
 
-def test_the_fused_head_of_trl_shifts_whatever_the_models_own_loss_does() -> None:
+def test_the_fused_head_of_trl_always_shifts() -> None:
     utils = pytest.importorskip("trl.trainer.utils")
     model = tiny("BartForCausalLM")
     utils.add_fused_lm_head(model)

@@ -1,4 +1,4 @@
-"""The divergences against their plain formulas: value, gradient, extreme logits, weights, precision."""
+"""The divergences match their plain formulas: value, gradient, extreme logits, weights, precision."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from hf_attentiondrop.training.losses import DIVERGENCES, PROBLEM_TYPES, consist
 
 
 SHAPES = {"rows": (8, 5), "tokens": (6, 7, 11), "one_class": (4, 1), "grid": (4, 2, 3, 6)}
-# Of the value, which is computed in float32 at least, and of the gradient, which has the type of the logits.
+# Of the value, computed in float32 or float64, and of the gradient, which has the dtype of the logits.
 TOLERANCES = {
     torch.float64: (1e-10, 1e-10),
     torch.float32: (2e-5, 2e-5),
@@ -32,7 +32,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def divergence_of(log_p: Tensor, log_q: Tensor, divergence: str) -> Tensor:
-    """The formula as it is written, item by item."""
+    """The formula, item by item."""
     if divergence == "symmetric_kl":
         return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
     if divergence == "kl":
@@ -53,9 +53,7 @@ def random_logits(*shape: int, dtype: torch.dtype = torch.float64, scale: float 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_value_and_gradient_are_those_of_the_formula(
-    divergence: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_value_and_gradient_match_the_formula(divergence: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits, weights = random_logits(*shape, dtype=dtype), torch.rand(shape[0] // 2, *shape[1:-1])
     value, reference = consistency_loss(logits, weights, divergence), plain(logits, weights, divergence)
     assert value.shape == () and value.dtype == torch.promote_types(dtype, torch.float32)
@@ -98,7 +96,7 @@ def test_regression_is_the_mean_squared_difference() -> None:
 
 
 PUBLISHED = {
-    # R-Drop's classifiers sum the divergences over the rows of a batch, and take means of the cross entropies.
+    # R-Drop's classifiers sum the divergences over the rows of a batch and average the cross entropies.
     "vit": (lambda kls: 0.3 * kls.sum(), lambda rows: 0.3 * rows),
     "bert": (lambda kls: 0.25 * kls.sum(), lambda rows: 0.25 * rows),
     "translation": (lambda kls: 5 * 0.5 * kls.mean(), lambda rows: 2.5),
@@ -135,7 +133,7 @@ def test_both_passes_get_a_gradient(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_masked_vocabulary_counts_for_nothing(divergence: str) -> None:
+def test_masked_vocabulary_contributes_nothing(divergence: str) -> None:
     kept = torch.tensor([0, 2, 3, 6])
     logits = random_logits(6, 7, dtype=torch.float32).detach()
     masked = torch.full_like(logits, -math.inf).index_copy(-1, kept, logits[:, kept]).requires_grad_()
@@ -145,7 +143,7 @@ def test_masked_vocabulary_counts_for_nothing(divergence: str) -> None:
     assert masked.grad.isfinite().all() and masked.grad[:, [1, 4, 5]].eq(0).all() and masked.grad[:, kept].ne(0).all()
 
 
-def test_what_only_the_first_pass_rules_out() -> None:
+def test_classes_masked_only_in_the_first_pass() -> None:
     logits = torch.tensor([[-math.inf, 0.0, 1.0], [0.0, 0.0, 0.0]], requires_grad=True)
     p, q = logits.detach().double().softmax(-1)
     for divergence, expected in {
@@ -155,7 +153,7 @@ def test_what_only_the_first_pass_rules_out() -> None:
         value = consistency_loss(logits, divergence=divergence)
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
         assert torch.autograd.grad(value, logits)[0].isfinite().all()
-    assert consistency_loss(logits) > 1e30, "the symmetric divergence is infinite, which must be seen"
+    assert consistency_loss(logits) > 1e30, "the symmetric divergence is infinite and must not vanish"
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -176,18 +174,18 @@ def test_js_keeps_its_precision_for_nearly_equal_passes() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_items_without_weight_are_not_looked_at(divergence: str) -> None:
+def test_items_without_weight_are_skipped(divergence: str) -> None:
     logits = random_logits(8, 5)
     kept = torch.tensor([True, False, True, False])
-    spoilt = torch.where(kept.repeat(2)[:, None], logits.detach(), torch.nan).requires_grad_()
-    value = consistency_loss(spoilt, kept, divergence)
+    poisoned = torch.where(kept.repeat(2)[:, None], logits.detach(), torch.nan).requires_grad_()
+    value = consistency_loss(poisoned, kept, divergence)
     torch.testing.assert_close(value, consistency_loss(logits[kept.repeat(2)], divergence=divergence))
     value.backward()
-    assert spoilt.grad[kept.repeat(2)].ne(0).all() and spoilt.grad[~kept.repeat(2)].eq(0).all()
+    assert poisoned.grad[kept.repeat(2)].ne(0).all() and poisoned.grad[~kept.repeat(2)].eq(0).all()
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
-def test_no_item_at_all_gives_zero(problem_type: str) -> None:
+def test_without_items_the_loss_is_zero(problem_type: str) -> None:
     logits = random_logits(8, 5)
     value = consistency_loss(logits, torch.zeros(4), problem_type=problem_type)
     value.backward()
@@ -195,7 +193,7 @@ def test_no_item_at_all_gives_zero(problem_type: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_chunks_do_not_show(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_does_not_change_the_result(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, weights = random_logits(20, 3, 7), (torch.rand(10, 3) > 0.3).double()
     results = []
     for elements in (1, 50, 10**6):
@@ -207,7 +205,7 @@ def test_the_chunks_do_not_show(divergence: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_loss_scale_saves_float16_gradients_from_underflow() -> None:
-    """The gradient is made from the scaled loss; made before the scale it would round to 0 in float16."""
+    """The backward pass applies the scale before rounding; an unscaled gradient would round to 0 in float16."""
     logits = random_logits(2 * 512, 64, dtype=torch.float16, scale=0.02)
     (gradient,) = torch.autograd.grad(65536 * consistency_loss(logits), logits)
     (expected,) = torch.autograd.grad(65536 * plain(logits, torch.ones(512), "symmetric_kl"), logits)
@@ -233,7 +231,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(value, consistency_loss(logits, weights))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_raises() -> None:
     logits = random_logits(4, 5)
     (gradient,) = torch.autograd.grad(consistency_loss(logits).square(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -250,13 +248,13 @@ def test_a_second_derivative_is_refused() -> None:
         (r"one entry per item, shape \(2,\), got \(4,\)", {"weights": torch.ones(4)}),
     ],
 )
-def test_bad_arguments_are_refused(message: str, arguments: dict) -> None:
+def test_bad_arguments_raise(message: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=message):
         consistency_loss(**{"logits": torch.zeros(4, 5), **arguments})
 
 
 @pytest.mark.slow
-def test_the_benchmark_finds_less_memory_than_the_plain_form(tmp_path: Path) -> None:
+def test_the_benchmark_measures_less_memory_than_the_plain_form(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     options = {
         "items": 128,

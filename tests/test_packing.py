@@ -1,4 +1,4 @@
-"""Packed documents: what TRL and the collators of Transformers pass along with them, and that they never mix."""
+"""Packed documents never mix, with every marker that TRL and the collators of Transformers pass."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_the_flattening_collator_trains(method: str, flags: dict[str, bool], tmp
 
 
 def packed() -> dict[str, torch.Tensor]:
-    """Three documents in one row, with everything that TRL passes along."""
+    """Three documents in one row, with all arguments that TRL passes."""
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     return {
         "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
@@ -83,14 +83,14 @@ def packed() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_documents_do_not_feel_each_other(method: str, training: bool) -> None:
+def test_documents_do_not_attend_to_each_other(method: str, training: bool) -> None:
     model = build("llama", **METHODS[method]).train(training)
     embeddings = torch.randn(1, sum(LENGTHS), 32, requires_grad=True)
     logits = model(inputs_embeds=embeddings, use_cache=False, **packed()).logits
     before, inside, _ = logits.split(LENGTHS, dim=1)
     (gradient,) = torch.autograd.grad(inside.square().sum(), embeddings)
-    of_others, of_own, of_later = gradient.split(LENGTHS, dim=1)
-    assert (of_others == 0).all() and (of_later == 0).all() and (of_own != 0).any()
+    earlier, own, later = gradient.split(LENGTHS, dim=1)
+    assert (earlier == 0).all() and (later == 0).all() and (own != 0).any()
     if not training:
         alone = model(inputs_embeds=embeddings[:, : LENGTHS[0]], use_cache=False).logits
         torch.testing.assert_close(before, alone)
@@ -99,8 +99,8 @@ def test_documents_do_not_feel_each_other(method: str, training: bool) -> None:
 @pytest.mark.parametrize("name", ["seq_idx", "cu_seq_lens_q"])
 @pytest.mark.parametrize("mask", ["none", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_documents_that_the_mask_mixes_are_refused(method: str, mask: str, name: str) -> None:
-    """A cache, or an attention mask beside the positions, keeps Transformers from reading documents off them."""
+def test_documents_that_the_mask_mixes_raise(method: str, mask: str, name: str) -> None:
+    """With a cache, or an attention mask, Transformers does not infer documents from the position ids."""
     model, batch = build("llama", **METHODS[method]).train(), packed()
     batch["input_ids"] = torch.full((1, sum(LENGTHS)), 5)
     if mask == "padded":
@@ -118,7 +118,7 @@ def test_one_document_needs_no_mask() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_offsets_count_through_the_rows(rows: int) -> None:
+def test_offsets_continue_across_rows(rows: int) -> None:
     model = build("llama").train()
     ids, positions = torch.full((rows, 6), 5), torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(rows, -1)
     ends = torch.arange(0, 6 * rows + 1, 3)
@@ -130,8 +130,8 @@ def test_packing_compiles_in_one_graph() -> None:
     batch |= {"input_ids": torch.full((1, sum(LENGTHS)), 5), "use_cache": False}
     del batch["max_length_k"]
     torch.manual_seed(0)
-    wanted = model(**batch).logits
+    expected = model(**batch).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.manual_seed(0)
-    torch.testing.assert_close(compiled(**batch).logits, wanted)
+    torch.testing.assert_close(compiled(**batch).logits, expected)

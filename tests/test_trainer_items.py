@@ -1,4 +1,4 @@
-"""The items of the task loss: none in a step, answers beyond the text, heads that shift their labels or do not."""
+"""The items of the task loss: steps without items, answers beyond the text, heads with and without label shift."""
 
 from typing import Any
 
@@ -10,8 +10,6 @@ from transformers import (
     BartConfig,
     BartForCausalLM,
     BertForQuestionAnswering,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -21,39 +19,24 @@ from hf_attentiondrop.training.arguments import AttentionDropTrainingArguments
 from hf_attentiondrop.training.losses import consistency_loss
 from hf_attentiondrop.training.trainer import AttentionDropTrainer, ConsistencyTrainerMixin
 
-from .consistency_tasks import GradientRecorder, arguments, gradients_of, perturb_embeddings
+from .consistency_tasks import GradientRecorder, arguments, gradients_of, mixtral, perturb_embeddings
 from .models import VOCAB_SIZE, build
 
 
 STOCK = (Trainer, TrainingArguments)
 OURS = (AttentionDropTrainer, AttentionDropTrainingArguments)
-# The optimizer moves no weight where there is no gradient.
+# Without a gradient the optimizer does not change a weight.
 PLAIN_SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 
 
-def mixtral() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            router_aux_loss_coef=0.5,
-            output_router_logits=True,
-            initializer_range=0.2,
-        )
-    )
-
-
-MODELS = {"mixtral": mixtral, "llama": lambda: build("llama", initializer_range=0.2, attn_implementation="sdpa")}
+MODELS = {
+    "mixtral": lambda: mixtral(initializer_range=0.2, output_router_logits=True),
+    "llama": lambda: build("llama", initializer_range=0.2, attn_implementation="sdpa"),
+}
 
 
 def examples(labelled: list[bool]) -> list[dict[str, list[int]]]:
-    """Rows of tokens, of which some have labels for all of them and others for none."""
+    """Rows of tokens, with labels for all tokens or for none."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(2, VOCAB_SIZE, (len(labelled), 6), generator=generator)
     labels = torch.where(torch.tensor(labelled)[:, None], tokens, -100)
@@ -63,7 +46,7 @@ def examples(labelled: list[bool]) -> list[dict[str, list[int]]]:
 def run(
     kind: tuple[type, type], model: nn.Module, rows: list[dict[str, Any]], tmp_path: Any, **values: Any
 ) -> tuple[Trainer, dict[str, Tensor]]:
-    """Trains a model on rows in their order; gives the trainer and the gradients of the last step."""
+    """Trains a model on rows in their order; returns the trainer and the gradients of the last step."""
     trainer_class, arguments_class = kind
     recorder = GradientRecorder()
     if issubclass(trainer_class, ConsistencyTrainerMixin):
@@ -82,17 +65,17 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-# --- steps without any item
+# --- steps without items
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_step_without_any_label_is_that_of_the_stock_trainer(family: str, accumulation: int, tmp_path: Any) -> None:
-    """Experts are balanced all the same; without any, the weights stay as they are."""
+def test_a_step_without_labels_matches_the_stock_trainer(family: str, accumulation: int, tmp_path: Any) -> None:
+    """The load balancing loss of experts still applies; without experts the weights do not change."""
     before, after = weights(MODELS[family]()), []
     for kind in (STOCK, OURS):
         model = MODELS[family]()
-        # The stock Trainer adds the load balancing loss of every micro-batch, where it should take their mean.
+        # The stock Trainer sums the load balancing losses of the micro-batches instead of averaging them.
         scale = 1 if kind is OURS else 1 / accumulation
         trainer, _ = run(
             kind,
@@ -113,7 +96,7 @@ def test_a_step_without_any_label_is_that_of_the_stock_trainer(family: str, accu
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_step_without_any_label_between_others_stays_out_of_the_way(family: str, tmp_path: Any) -> None:
+def test_a_step_without_labels_between_others_adds_nothing(family: str, tmp_path: Any) -> None:
     model = MODELS[family]()
     perturb_embeddings(model)
     rows = examples([True] * 2 + [False] * 2 + [True] * 2)
@@ -124,7 +107,7 @@ def test_a_step_without_any_label_between_others_stays_out_of_the_way(family: st
     assert [entry["consistency_loss"] > 0 for entry in logs] == [True, False, True]
     for entry in logs:
         assert entry["loss"] == pytest.approx(entry["task_loss"] + entry["consistency_loss"], abs=1e-6)
-    # One log over all three steps is the mean over them.
+    # A log over all three steps holds their mean.
     model = MODELS[family]()
     perturb_embeddings(model)
     trainer, _ = run(OURS, model, rows, tmp_path, **values, logging_steps=3)
@@ -171,7 +154,7 @@ def question_answering() -> PreTrainedModel:
 
 
 LENGTH = 6
-# Beyond the text lie whole answers, or their ends alone, or all of a step.
+# Whole answers lie beyond the text, or only their ends, or all answers of a step.
 ANSWERS = {
     "within": [(1, 2), (0, 5), (3, 3), (2, 4), (1, 1), (4, 5), (0, 0), (2, 3)],
     "whole answers": [(6, 6), (0, 5), (9, 9), (2, 4), (1, 1), (6, 7), (8, 9), (2, 3)],
@@ -191,7 +174,7 @@ def answer_rows(answers: list[tuple[int, int]]) -> list[dict[str, Any]]:
 
 
 def answer_step(answers: list[tuple[int, int]]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """What one step on all rows should log, and its gradients, from the formulas as they are written."""
+    """The expected logs and gradients of one step on all rows, from the formulas."""
     model = question_answering().train()
     rows = answer_rows(answers)
     outputs = model(input_ids=torch.tensor([row["input_ids"] for row in rows] * 2))
@@ -213,7 +196,7 @@ def answer_step(answers: list[tuple[int, int]]) -> tuple[dict[str, float], dict[
 @pytest.mark.parametrize(
     ("case", "batch_size"), [*((case, size) for case in ANSWERS for size in (8, 2)), ("ends", 1), ("all", 1)]
 )
-def test_answers_beyond_the_text_weigh_nothing_however_the_batch_is_cut(
+def test_answers_beyond_the_text_have_no_weight_for_every_split_of_the_batch(
     case: str, batch_size: int, tmp_path: Any
 ) -> None:
     expected_logs, expected = answer_step(ANSWERS[case])
@@ -231,7 +214,7 @@ def test_answers_beyond_the_text_weigh_nothing_however_the_batch_is_cut(
     assert {name: logs[name] for name in expected_logs} == pytest.approx(expected_logs, abs=2e-6)
 
 
-def test_answers_among_other_positions_than_those_of_the_text_are_refused(tmp_path: Any) -> None:
+def test_logits_that_do_not_fit_the_text_raise(tmp_path: Any) -> None:
     class Longer(BertForQuestionAnswering):
         def forward(self, input_ids: Tensor, start_positions: Tensor, end_positions: Tensor, **kwargs: Any) -> Any:
             outputs = super().forward(
@@ -248,7 +231,7 @@ def test_answers_among_other_positions_than_those_of_the_text_are_refused(tmp_pa
 # --- shifted labels
 
 
-def test_a_causal_decoder_that_does_not_shift_compares_the_positions_of_its_loss(tmp_path: Any) -> None:
+def test_a_causal_decoder_without_label_shift_compares_the_positions_of_its_loss(tmp_path: Any) -> None:
     config = BartConfig(
         vocab_size=VOCAB_SIZE, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, dropout=0.0
     )

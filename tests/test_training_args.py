@@ -1,4 +1,4 @@
-"""The consistency fields: where they are, and what they refuse."""
+"""The fields of the consistency term: parsing, validation and resolution."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from hf_attentiondrop.training.arguments import (
     AttentionDropSeq2SeqTrainingArguments,
     AttentionDropTrainingArguments,
     ConsistencyArguments,
+    resolve_consistency,
 )
 
 
@@ -17,7 +18,7 @@ CLASSES = [AttentionDropTrainingArguments, AttentionDropSeq2SeqTrainingArguments
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_they_parse_from_a_command_line_beside_the_stock_ones(kind: type, tmp_path: Any) -> None:
+def test_they_parse_from_a_command_line_along_with_the_stock_fields(kind: type, tmp_path: Any) -> None:
     command = ["--output_dir", str(tmp_path), "--consistency_weight", "0.5", "--consistency_divergence", "js"]
     (values,) = HfArgumentParser(kind).parse_args_into_dataclasses([*command, "--learning_rate", "0.1"])
     assert isinstance(values, TrainingArguments) and values.learning_rate == 0.1
@@ -40,12 +41,12 @@ def test_they_parse_from_a_command_line_beside_the_stock_ones(kind: type, tmp_pa
         ({"consistency_warmup_steps": 0.5}, "`consistency_warmup_steps` must be an integer >= 0, got 0.5"),
     ],
 )
-def test_bad_values_are_refused(kind: type, values: dict[str, Any], message: str) -> None:
+def test_bad_values_raise(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**values)
 
 
-def test_they_mix_into_other_arguments_and_leave_their_checks_alone(tmp_path: Any) -> None:
+def test_they_mix_into_other_arguments_and_keep_their_checks(tmp_path: Any) -> None:
     @dataclass
     class OtherArguments(TrainingArguments):
         threshold: float = 1.0
@@ -62,3 +63,13 @@ def test_they_mix_into_other_arguments_and_leave_their_checks_alone(tmp_path: An
     assert Both(output_dir=str(tmp_path), consistency_weight=3).consistency_weight == 3
     with pytest.raises(ValueError, match="threshold"):
         Both(output_dir=str(tmp_path), threshold=-1)
+
+
+def test_an_override_goes_before_the_arguments_and_these_before_the_default(tmp_path: Any) -> None:
+    stock = TrainingArguments(str(tmp_path))
+    assert resolve_consistency(stock) == ConsistencyArguments()
+    args = AttentionDropTrainingArguments(str(tmp_path), consistency_weight=0.25, consistency_divergence="js")
+    resolved = resolve_consistency(args, {"consistency_weight": 4.0, "consistency_divergence": None})
+    assert resolved == ConsistencyArguments(consistency_weight=4.0, consistency_divergence="js")
+    with pytest.raises(ValueError, match="`consistency_weight` must be a finite number >= 0, got -1"):
+        resolve_consistency(stock, {"consistency_weight": -1})

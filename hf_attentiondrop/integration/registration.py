@@ -2,7 +2,7 @@
 configs, and four checked methods of models. The first model that may need it adds a warning to `generate`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -123,7 +123,7 @@ def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dic
 
 
 # Methods of `PreTrainedModel`, and what is put around them.
-CHECKED_METHODS = {
+CHECKED_METHODS: dict[str, Callable[..., Any]] = {
     "get_correct_attn_implementation": _check_class,
     "post_init": _complete_construction,
     "initialize_weights": _initialize_learned_weights,

@@ -1,4 +1,4 @@
-"""What a model card says about a method."""
+"""The section of a model card about one method."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,15 +6,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MethodCard:
-    """One method on a model card.
+    """How a model card presents one method.
 
     Args:
-        name (`str`): heading.
-        text (`str`): what the method does, in sentences.
-        formula (`str`): plain text, rendered verbatim.
-        tag (`str`, *optional*): tag on the Hub; `None` for no tag.
+        name (`str`): Heading of the section.
+        text (`str`): What the method does, in one to three sentences.
+        formula (`str`): Plain-text formula, shown as a code block.
+        tag (`str`, *optional*): Tag on the Hub; `None` adds no tag.
         citation (`str`): BibTeX entry of the paper.
-        settings (`dict[str, Any]`): hyperparameters.
+        settings (`dict[str, Any]`): Hyperparameters of the method.
+
+    Example:
+
+    >>> card = MethodCard("Dropout", "Zeroes each activation with probability `p`.", "y = m · x / (1 - p)", None, "")
+    >>> card.settings
+    {}
     """
 
     name: str

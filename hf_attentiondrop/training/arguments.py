@@ -1,8 +1,9 @@
 """Training arguments with a consistency term."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -11,19 +12,19 @@ from .losses import DIVERGENCES
 
 @dataclass
 class ConsistencyArguments:
-    """The arguments of the consistency term, to be mixed into any [`~transformers.TrainingArguments`].
+    """Arguments of the consistency term, a mixin for any [`~transformers.TrainingArguments`] class.
 
     Args:
         consistency_weight (`float`, defaults to 0.0):
-            Factor λ ≥ 0 of the divergence between the two passes. 0 trains with one pass, as the plain Trainer does;
-            anything above costs a second one. 0.5 is a value to start with.
+            Weight λ ≥ 0 of the divergence between the two passes. 0 trains with one pass, like the plain Trainer; any
+            positive value runs a second pass. 0.5 is a good starting point.
         consistency_divergence (`str`, defaults to `"symmetric_kl"`):
             `"symmetric_kl"`, `"kl"` or `"js"`, see [`consistency_loss`].
         consistency_warmup_steps (`int`, defaults to 0):
             Optimizer steps over which λ grows linearly from 0 to `consistency_weight`.
 
     Raises:
-        ValueError: if a value is outside of its range.
+        ValueError: if a value is out of range.
 
     Example:
 
@@ -37,13 +38,13 @@ class ConsistencyArguments:
     """
 
     consistency_weight: float = field(
-        default=0.0, metadata={"help": "Factor of the divergence between two passes; 0 trains with one pass."}
+        default=0.0, metadata={"help": "Weight of the divergence between two passes; 0 trains with one pass."}
     )
     consistency_divergence: Literal["symmetric_kl", "kl", "js"] = field(
         default="symmetric_kl", metadata={"help": "Divergence between the two passes."}
     )
     consistency_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which the factor grows linearly from 0."}
+        default=0, metadata={"help": "Optimizer steps over which the weight grows linearly from 0."}
     )
 
     def __post_init__(self) -> None:
@@ -51,20 +52,21 @@ class ConsistencyArguments:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(
                 f"`consistency_weight` must be a finite number >= 0, got {weight!r}. It multiplies the divergence: "
-                "a negative one would drive the two passes apart. 0, the default, turns the term off."
+                "a negative weight would drive the two passes apart. Use 0 (the default) to turn the term off."
             )
         if self.consistency_divergence not in DIVERGENCES:
             raise ValueError(
                 f"`consistency_divergence` must be one of {tuple(DIVERGENCES)}, got {self.consistency_divergence!r}. "
-                "It names the divergence between the two passes."
+                "It selects the divergence between the two passes."
             )
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(
                 f"`consistency_warmup_steps` must be an integer >= 0, got {steps!r}. It counts the optimizer steps "
-                "until the term has its full weight; 0 gives it from the first step."
+                "until the term reaches its full weight. Use 0 for the full weight from the first step."
             )
-        if isinstance(self, TrainingArguments):
-            super().__post_init__()
+        check_other_fields = getattr(super(), "__post_init__", None)
+        if check_other_fields is not None:
+            check_other_fields()
 
 
 @dataclass
@@ -75,3 +77,27 @@ class AttentionDropTrainingArguments(ConsistencyArguments, TrainingArguments):
 @dataclass
 class AttentionDropSeq2SeqTrainingArguments(ConsistencyArguments, Seq2SeqTrainingArguments):
     """[`~transformers.Seq2SeqTrainingArguments`] with the fields of [`ConsistencyArguments`]."""
+
+
+CONSISTENCY_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConsistencyArguments)}
+
+
+def resolve_consistency(args: Any, overrides: Mapping[str, Any] | None = None) -> ConsistencyArguments:
+    """Resolves each setting of the consistency term: override, then attribute of `args`, then default.
+
+    Args:
+        args: Training arguments, with or without the fields of [`ConsistencyArguments`].
+        overrides (`Mapping[str, Any]`, *optional*): Values by field name; `None` counts as not given.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Example:
+
+    >>> from transformers import TrainingArguments
+    >>> resolve_consistency(TrainingArguments("out"), {"consistency_weight": 0.5}).consistency_divergence
+    'symmetric_kl'
+    """
+    values = {name: getattr(args, name, default) for name, default in CONSISTENCY_DEFAULTS.items()}
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    return ConsistencyArguments(**values | given)

@@ -1,4 +1,4 @@
-"""The batch twice over, for two passes in one forward."""
+"""Repeats the rows of a batch, for two passes in one forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_map
 from transformers.utils import ModelOutput
 
 
-# Inputs that list images, clips or sounds of the whole batch in the order in which its rows use them, so that their
-# first dimension need not be the batch size. Twice the rows use twice the list.
+# Inputs that list the images, clips or sounds of the whole batch in the order of its rows: their first dimension may
+# differ from the batch size. The doubled batch repeats the whole list.
 LISTED_INPUTS = frozenset(
     {
         "pixel_values",
@@ -24,9 +24,9 @@ LISTED_INPUTS = frozenset(
         "feature_attention_mask",
     }
 )
-# Inputs without a batch dimension that every row shares.
+# Inputs without a batch dimension, shared by all rows.
 SHARED_INPUTS = frozenset({"cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
-# Inputs whose batch dimension may be 1 for all rows.
+# Inputs whose batch dimension may be 1, which broadcasts to all rows.
 BROADCAST_INPUTS = frozenset({"position_ids", "attention_mask", "decoder_attention_mask"})
 
 
@@ -34,38 +34,36 @@ def batch_size_of(inputs: Mapping[str, Any], main_input_name: str = "input_ids")
     """The number of rows of a batch.
 
     Args:
-        inputs: what the model is called with.
-        main_input_name: the model's own `main_input_name`.
+        inputs (`Mapping[str, Any]`): Model inputs.
+        main_input_name (`str`, defaults to `"input_ids"`): The `main_input_name` of the model.
 
     Raises:
-        ValueError: if no input tells.
+        ValueError: if there is no tensor to read it from.
     """
     for name in (main_input_name, "input_ids", "inputs_embeds", "labels"):
         if isinstance(inputs.get(name), Tensor):
             return len(inputs[name])
     raise ValueError(
         f"Cannot tell the batch size: expected a tensor `{main_input_name}`, `input_ids`, `inputs_embeds` or "
-        f"`labels`, got {sorted(inputs)}. The consistency term has to repeat every row. Set `consistency_weight=0` "
-        "for this model."
+        f"`labels`, got {sorted(inputs)}. The consistency term repeats every row, so it needs their number. Set "
+        "`consistency_weight=0` for this model."
     )
 
 
 def double_batch(inputs: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """The batch, followed by the same batch again.
+    """Concatenates a batch with itself.
 
     Args:
-        inputs (`Mapping[str, Any]`):
-            What the model is called with.
-        batch_size (`int`):
-            Its number of rows `B`.
+        inputs (`Mapping[str, Any]`): Model inputs.
+        batch_size (`int`): The number of rows `B`.
 
     Returns:
-        `dict[str, Any]`: the inputs of `2B` rows. Batch-first tensors are repeated on dimension 0, position ids of
-        several axes, `(3, B, L)`, on dimension 1. The offsets of packed documents (`cu_seq_lens_q`) are continued, and
-        dropped for a single document: as rows of a batch its two copies need none.
+        `dict[str, Any]`: the inputs of `2B` rows. Batch-first tensors are repeated along dimension 0, position ids of
+        several axes, `(3, B, L)`, along dimension 1. The offsets of packed documents (`cu_seq_lens_q`) are continued;
+        for a single document they become `None`, because its two copies are two rows.
 
     Raises:
-        ValueError: for an input that is neither batch-first nor known, naming it.
+        ValueError: for an unknown input that is not batch-first.
 
     Example:
 
@@ -104,38 +102,53 @@ def _double_tensor(name: str, value: Tensor, batch_size: int) -> Tensor | None:
     raise _not_batch_first(name, f"shape {tuple(value.shape)}", batch_size)
 
 
-def refuse_hidden_packing(inputs: Mapping[str, Any], attn_implementation: str) -> None:
-    """Refuses packed documents that would mix: flash attention reads them off the position ids in a batch of one row,
-    which doubling makes two.
+def check_packing(inputs: Mapping[str, Any], attn_implementation: str) -> None:
+    """Checks that doubling the batch does not mix packed documents. Flash attention infers documents from the position
+    ids only in a batch of one row, and a doubled batch has two.
 
     Args:
-        inputs: what the model is called with.
-        attn_implementation: the model's attention implementation.
+        inputs (`Mapping[str, Any]`): Model inputs.
+        attn_implementation (`str`): The attention implementation of the model.
 
     Raises:
-        ValueError: if only the position ids mark the documents, and the implementation is one of flash attention.
+        ValueError: if only the position ids mark the documents, and the model uses flash attention.
     """
     position_ids = inputs.get("position_ids")
     if "flash" not in attn_implementation or position_ids is None or "cu_seq_lens_q" in inputs:
         return
     if len(position_ids) == 1 and (position_ids.diff(dim=-1) < 1).any():
         raise ValueError(
-            f"`position_ids` mark packed documents, which {attn_implementation} does not see in the two rows of a "
-            "consistency batch: documents would attend to each other. Pass `cu_seq_lens_q` and the like as well "
-            "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or use another attention implementation."
+            f"Expected `cu_seq_lens_q` for packed documents under {attn_implementation}, got `position_ids` alone: "
+            "flash attention ignores the boundaries that these mark in a doubled batch of two rows, and documents "
+            "would attend to each other. Use DataCollatorWithFlattening(return_flash_attn_kwargs=True), or another "
+            "attention implementation."
         )
 
 
 def _not_batch_first(name: str, got: str, batch_size: int) -> ValueError:
     return ValueError(
         f"Cannot repeat the input `{name}` for the second pass: expected a first dimension of {batch_size}, the batch "
-        f"size, got {got}. A wrong guess would train on mixed up rows. Leave `{name}` out of the batch, make it "
-        "batch-first, or set `consistency_weight=0`."
+        f"size, got {got}. A wrong guess would mix up rows. Remove `{name}` from the batch, make it batch-first, or "
+        "set `consistency_weight=0`."
     )
 
 
 def first_half(outputs: Any, batch_size: int) -> Any:
-    """What the model returned for the first pass: every tensor of `2 * batch_size` rows cut after `batch_size`."""
+    """The outputs of the first pass.
+
+    Args:
+        outputs: The outputs of the model for the doubled batch, any nesting of tensors.
+        batch_size (`int`): The number of rows `B` of one pass.
+
+    Returns:
+        the same structure: tensors of `2B` rows are cut to the first `B`, other values are kept.
+
+    Example:
+
+    >>> import torch
+    >>> first_half({"logits": torch.tensor([[1], [2]]), "loss": torch.tensor(0.5)}, batch_size=1)
+    {'logits': tensor([[1]]), 'loss': tensor(0.5000)}
+    """
     return tree_map(
         lambda value: (
             value[:batch_size]

@@ -1,7 +1,7 @@
-"""Whether a language-model head compares its logits with the label of the next position, read off its source.
+"""Detects from the source of a language-model head whether its loss shifts the labels by one position.
 
-The name of a class does not tell: `BartForCausalLM` compares logits and labels of the same position, and
-`LlamaForCausalLM` does not. Nor does its loss alone: InstructBLIP calls the causal loss itself or leaves it to its T5,
+The class name is not enough: `BartForCausalLM` compares logits and labels of the same position, `LlamaForCausalLM`
+shifts them. The loss function is not enough either: InstructBLIP calls the causal loss itself or delegates to its T5,
 depending on its config.
 """
 
@@ -10,29 +10,29 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 
-# The causal loss, given labels under the name of labels that are shifted already.
+# The causal loss with labels passed as `shift_labels`, which it does not shift again.
 _DECLARES_SHIFTED = re.compile(r"shift_labels=([^,]* else )?labels\b(?!\[)|pop\('shift_labels', labels\)")
 _CUTS_FIRST_LABEL = re.compile(r"labels\[(\.\.\.|:), 1:")
-_IS_A_LOSS = re.compile(r"(^|\.)(cross_entropy|nll_loss|\w*(loss|criterion)\w*)$", re.IGNORECASE)
-# A value in another shape or type at most.
-_AS_IT_IS = re.compile(r"(\w+)(\.(view|reshape|flatten|squeeze|contiguous|to|long|type)\([^()]*\))*")
+_LOSS_NAME = re.compile(r"(^|\.)(cross_entropy|nll_loss|\w*(loss|criterion)\w*)$", re.IGNORECASE)
+# A name, possibly reshaped or converted to another dtype.
+_RESHAPED = re.compile(r"(\w+)(\.(view|reshape|flatten|squeeze|contiguous|to|long|type)\([^()]*\))*")
 
 
 def shifts_labels(model: nn.Module) -> bool | None:
-    """Whether the loss of a model compares the logits of a position with the label of the next one.
+    """Detects whether the loss of a model compares the logits of a position with the label of the next one.
 
     Args:
-        model: the model, without the wrappers of PEFT and of a launcher.
+        model (`torch.nn.Module`): The model, without the wrappers of PEFT and of a launcher.
 
     Returns:
-        `bool` or `None`: `None` if the source of the model does not tell.
+        `bool` or `None`: `None` if the source of the model does not show it.
 
     Example:
 
@@ -41,7 +41,7 @@ def shifts_labels(model: nn.Module) -> bool | None:
     >>> shifts_labels(BertForMaskedLM(config)), shifts_labels(BertLMHeadModel(config))
     (False, True)
     """
-    # Launchers and TRL replace the forward of the instance. That of the class computes the loss.
+    # Launchers and TRL replace the forward of the instance. The forward of the class computes the loss.
     return _shift_in(model, type(model).forward, type(model))
 
 
@@ -58,35 +58,37 @@ def _shift_in(model: nn.Module, function: Callable[..., Any], owner: type) -> bo
             return False
         loss = model.loss_function
         return loss is ForCausalLMLoss if loss in LOSS_MAPPING.values() else None
-    labels = _unmoved(tree, nodes)
+    labels = _unchanged_parameters(tree, nodes)
     if any(_compares_labels(node, labels) for node in nodes if isinstance(node, ast.Call)):
         return False
-    shifts = (_shift_behind(model, node, owner) for node in nodes if isinstance(node, ast.Call))
+    shifts = (_shift_of_callee(model, node, owner) for node in nodes if isinstance(node, ast.Call))
     return next((shift for shift in shifts if shift is not None), None)
 
 
 def _compares_labels(call: ast.Call, labels: set[str]) -> bool:
-    """Whether a call is that of a loss, whose targets are labels that nothing has moved."""
+    """True for a call of a loss function whose targets are unchanged parameters."""
     targets = [*call.args[1:2], *(word.value for word in call.keywords if word.arg in ("target", "labels"))]
-    found = [_AS_IT_IS.fullmatch(ast.unparse(target)) for target in targets]
-    is_loss = _IS_A_LOSS.search(ast.unparse(call.func))
+    found = [_RESHAPED.fullmatch(ast.unparse(target)) for target in targets]
+    is_loss = _LOSS_NAME.search(ast.unparse(call.func))
     return bool(is_loss) and any(match is not None and match[1] in labels for match in found)
 
 
-def _unmoved(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
-    """The parameters of a function, but for those that it replaces by something else."""
+def _unchanged_parameters(tree: ast.Module, nodes: list[ast.AST]) -> set[str]:
+    """The parameters of a function that it does not reassign, except to reshape them."""
     function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return set()
     parameters = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
     for node in nodes:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, value = node.targets[0].id, _AS_IT_IS.fullmatch(ast.unparse(node.value))
+            name, value = node.targets[0].id, _RESHAPED.fullmatch(ast.unparse(node.value))
             if value is None or value[1] != name:
                 parameters.discard(name)
     return parameters
 
 
-def _shift_behind(model: nn.Module, call: ast.Call, owner: type) -> bool | None:
-    """The shift in what a call hands the labels to: a submodule, another method, or the method of a base class."""
+def _shift_of_callee(model: nn.Module, call: ast.Call, owner: type) -> bool | None:
+    """The shift in the callee that receives the labels: a submodule, another method, or the method of a base class."""
     if not isinstance(call.func, ast.Attribute):
         return None
     if ast.unparse(call.func).startswith("super("):
@@ -94,7 +96,7 @@ def _shift_behind(model: nn.Module, call: ast.Call, owner: type) -> bool | None:
         return None if base is None else _shift_in(model, vars(base)[call.func.attr], base)
     if not any(ast.unparse(value) == "labels" for value in (*call.args, *(word.value for word in call.keywords))):
         return None
-    target = _value(model, call.func)
+    target = _attribute_value(model, call.func)
     if isinstance(target, nn.Module):
         return shifts_labels(target)
     return _shift_in(model, target, owner) if inspect.ismethod(target) else None
@@ -109,12 +111,12 @@ def _tree(function: Callable[..., Any]) -> ast.Module | None:
 
 
 def _reachable(node: ast.AST, model: nn.Module) -> Iterator[ast.AST]:
-    """The nodes below a node, without the branches that the model's own attributes rule out."""
-    taken = _value(model, node.test) if isinstance(node, ast.If) else None
-    if isinstance(taken, bool):
-        children = node.body if taken else node.orelse
-    else:
-        children = ast.iter_child_nodes(node)
+    """The nodes below a node, without the branches that attributes of the model rule out."""
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If):
+        condition = _attribute_value(model, node.test)
+        if isinstance(condition, bool):
+            children = node.body if condition else node.orelse
     for child in children:
         yield child
         yield from _reachable(child, model)
@@ -125,8 +127,8 @@ def _is_simple_statement(node: ast.AST) -> bool:
     return isinstance(node, ast.stmt) and not hasattr(node, "body") and not is_docstring
 
 
-def _value(model: nn.Module, expression: ast.expr) -> Any:
-    """The value of `self.a.b`; `None` for any other expression and for what changes with the mode."""
+def _attribute_value(model: nn.Module, expression: ast.expr) -> Any:
+    """The value of `self.a.b`; `None` for any other expression, and for `self.training`, which changes."""
     path = ast.unparse(expression)
     if path == "self.training" or not re.fullmatch(r"self(\.\w+)+", path):
         return None

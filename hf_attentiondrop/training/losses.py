@@ -1,20 +1,20 @@
-"""Divergences between two passes over the same items, in little memory.
+"""Memory-efficient divergences between two passes over the same items.
 
 The logits of the two passes come stacked on the first dimension, `(2B, ..., C)` with `C` classes: rows `0 … B-1` are
-the first pass, rows `B … 2B-1` the second one. That is how one forward over a concatenated batch returns them.
+the first pass, rows `B … 2B-1` the second one, as one forward over a concatenated batch returns them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-# Elements of one pass to work on at a time: few enough to stay in a processor's cache, enough to keep a GPU busy.
+# Elements of one pass per chunk: few enough for a CPU cache, enough to keep a GPU busy.
 CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
-# Equal passes differ by rounding at most; dropout gives far more, even at initialization.
+# Divergence up to which two passes count as equal: rounding stays below it, dropout far above, even at initialization.
 NO_DIVERGENCE = 1e-9
 
 
@@ -24,8 +24,8 @@ class Divergence(NamedTuple):
     Both functions take the probabilities `p` and `q` of the two passes and `d = log p - log q`, each `(rows, C)`.
 
     Args:
-        value: gives `(rows,)`.
-        gradient: gives the gradients with respect to the logits of `p` and of `q`, each `(rows, C)`; may overwrite
+        value: Returns the divergences, `(rows,)`.
+        gradient: Returns the gradients with respect to the logits of `p` and of `q`, each `(rows, C)`; may overwrite
             `d`.
     """
 
@@ -61,7 +61,7 @@ def _log_ratios_to_mixture(d: Tensor) -> tuple[Tensor, Tensor]:
     """`log(p / m)` and `log(q / m)` for the mixture `m = (p + q) / 2`.
 
     With `x = d / 2` they are `x - log cosh x` and `-x - log cosh x`. The form `log cosh x = log1p(2 sinh²(x / 2))` is
-    precise near 0, where `p` and `q` are nearly the same; beyond |x| = 20 one of them vanishes beside the other.
+    precise near 0, where `p` and `q` are nearly the same; beyond |x| = 20 the smaller probability is negligible.
     """
     x = (0.5 * d).clamp_(-20.0, 20.0)
     log_cosh = torch.sinh(0.5 * x).square_().mul_(2.0).log1p_()
@@ -91,24 +91,24 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 def _distributions(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`p`, `q` and `d = log p - log q` of some rows of `logits` `(2, N, C)`, in float32 at least."""
     log_probs = logits[:, rows].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    # Both -inf (a masked vocabulary entry) gives NaN, which becomes 0. An infinite difference becomes the largest
-    # number, so that it vanishes where its probability is 0 and is seen where it is not.
+    # -inf in both passes (a masked vocabulary entry) gives NaN, which becomes 0. An infinite difference becomes the
+    # largest finite number: 0 times it is 0, and any other probability makes the divergence huge.
     d = (log_probs[0] - log_probs[1]).nan_to_num_(0.0)
     p, q = log_probs.exp_()
     return p, q, d
 
 
 def _chunks(logits: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """The rows that carry weight, some at a time."""
+    """Indices of the rows with nonzero weight, in chunks."""
     size = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"]) // logits.shape[-1]
     return weights.nonzero().squeeze(-1).split(max(1, size))
 
 
 class _WeightedDivergence(torch.autograd.Function):
-    """Sum over rows of weight times divergence. Keeps only the logits, and needs one buffer for their gradient."""
+    """Sum over rows of weight times divergence. Saves only the logits and allocates one buffer for their gradient."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, weights: Tensor, divergence: Divergence) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, weights: Tensor, divergence: Divergence) -> Tensor:
         ctx.save_for_backward(logits, weights)
         ctx.divergence = divergence
         total = weights.new_zeros(())
@@ -118,7 +118,7 @@ class _WeightedDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         logits, weights = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
         for rows in _chunks(logits, weights):
@@ -134,26 +134,26 @@ def consistency_loss(
     divergence: str = "symmetric_kl",
     problem_type: str = "single_label_classification",
 ) -> Tensor:
-    """How far two passes over the same items disagree, as a weighted mean over the items.
+    """The divergence between two passes over the same items, as a weighted mean over the items.
 
-    With `P1` and `P2` the distributions of the two passes the divergences are `"symmetric_kl"`,
+    Let `P1` and `P2` be the distributions of the two passes. The divergences are `"symmetric_kl"`,
     ½[KL(P1‖P2) + KL(P2‖P1)], `"kl"`, KL(P1‖P2), and `"js"`, ½[KL(P1‖M) + KL(P2‖M)] with M = ½(P1 + P2). The gradient
-    flows into both passes. All is computed in float32 at least, some rows at a time: beside the logits and their
-    gradient only a few megabytes are needed.
+    flows into both passes. The computation runs in float32 or float64, on chunks of rows: apart from the logits and
+    their gradient it needs only a few megabytes.
 
     Args:
         logits (`torch.Tensor` of shape `(2B, ..., C)`):
-            Logits of both passes, stacked on the first dimension. An entry that is -inf in both counts for nothing.
+            Logits of both passes, stacked on the first dimension. An entry that is -inf in both passes contributes 0.
         weights (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            Weight of each item, at least 0; a mask works. Items of weight 0 are not looked at, and where all are 0 so
-            is the result. All items weigh the same by default. No gradient flows into the weights.
+            Weight of each item, ≥ 0; a boolean mask works. Items of weight 0 are skipped, and if all weights are 0
+            the result is 0. By default all items have the same weight. No gradient flows into the weights.
         divergence (`str`, defaults to `"symmetric_kl"`):
             `"symmetric_kl"`, `"kl"` or `"js"`.
         problem_type (`str`, defaults to `"single_label_classification"`):
             As in Transformers' configs. With `"single_label_classification"` every vector of `C` logits is an item,
             with a softmax. With `"multi_label_classification"` every row is an item, and the divergences of its
-            independent labels are summed. With `"regression"` every row is an item too, and its mean squared
-            difference takes the place of the divergence.
+            independent labels are summed. With `"regression"` every row is an item, and the mean squared difference
+            replaces the divergence.
 
     Returns:
         `torch.Tensor`: a scalar, float32 (float64 for float64 logits), in nats except for regression.
@@ -188,8 +188,8 @@ def consistency_loss(
         weights = torch.ones(items, device=logits.device)
     if weights.shape != items:
         raise ValueError(
-            f"`weights` must have one entry per item, shape {items}, got {tuple(weights.shape)}: each item of logits "
-            f"{tuple(logits.shape)} has one weight, shared by its two passes."
+            f"`weights` must have one entry per item, shape {items}, got {tuple(weights.shape)}: the two passes of "
+            f"logits {tuple(logits.shape)} share the weight of an item. Pass a mask or weights of that shape."
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weights = weights.detach().to(logits.device, dtype)

@@ -1,57 +1,60 @@
-"""Trainers whose loss has a consistency term."""
+"""Trainers with a consistency term in the loss."""
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from ..attention.modules import attention_modules
 from ..hub import ModelCardMixin
-from ..integration.implementations import FUNCTIONS
-from .arguments import ConsistencyArguments
-from .consistency import LabelAlignment, answer_losses, has_dropout, output_divergence, without_value
-from .doubling import batch_size_of, double_batch, first_half, refuse_hidden_packing
+from ..methods.card import MethodCard
+from .alignment import LabelAlignment
+from .arguments import CONSISTENCY_DEFAULTS, resolve_consistency
+from .batch import ConsistencyBatch
+from .card import consistency_card
+from .checks import check_trainer, warn_without_method, warn_without_randomness
 from .losses import NO_DIVERGENCE
-from .recording import RecordForward
+from .outputs import ForwardRecorder
 
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
 
-# What tells the Trainer that a loss is the micro-batch's share of an optimizer step, and is not to be divided by the
-# number of micro-batches. Before Transformers 5.19 it was that the model takes `num_items_in_batch`.
+# Attribute that tells the Trainer not to divide the loss by the number of micro-batches, because it is already the
+# share of the micro-batch in an optimizer step. Before Transformers 5.19 the other attribute had this role.
 SCALING = "loss_is_scaled_for_ga" if hasattr(Trainer, "loss_is_scaled_for_ga") else "model_accepts_loss_kwargs"
 
 
-class ConsistencyTrainerMixin:
-    """Adds the consistency term to any [`~transformers.Trainer`] class, put before it among the base classes.
+class ConsistencyTrainerMixin(TrainerBase):
+    """Adds the consistency term to any [`~transformers.Trainer`] class. Put it first among the base classes.
 
-    In training each batch runs twice in one forward, with independent perturbations, and the loss is the task loss,
-    the mean over both passes, plus `consistency_weight` times their divergence. The task loss is what the other base
-    class makes of the doubled batch. Evaluation, prediction, and training at weight 0, the default, are left alone.
+    In training, each batch runs twice in one forward with independent perturbations. The loss is the task loss, a mean
+    over both passes, plus `consistency_weight` times the divergence between them. The task loss is the loss that the
+    other base class computes for the doubled batch. Evaluation, prediction, and training with weight 0 (the default)
+    do not change.
 
-    Gradients do not depend on how a batch is cut into accumulation steps and processes: the mean over each micro-batch
-    is weighted by its share of the items. `task_loss` and `consistency_loss` are logged beside `loss`.
+    Gradients do not depend on the split of a batch into accumulation steps and processes: the mean over each
+    micro-batch is weighted by its share of the items. `task_loss` and `consistency_loss` are logged along with `loss`.
 
     Overrides `training_step`, `compute_loss`, `get_batch_samples` and `log`.
 
     Args:
-        args:
-            What the other base class takes. An `args` with the fields of [`ConsistencyArguments`] configures the term.
-        consistency_weight (`float`, *optional*):
-            Goes before `args.consistency_weight`; 0.0 if neither is there.
-        consistency_divergence (`str`, *optional*):
-            Goes before `args.consistency_divergence`; `"symmetric_kl"` if neither is there.
-        consistency_warmup_steps (`int`, *optional*):
-            Goes before `args.consistency_warmup_steps`; 0 if neither is there.
+        args, kwargs:
+            Arguments of the other base class, and optionally the settings below. A setting that is not given, or
+            `None`, comes from the training arguments if they have the fields of [`ConsistencyArguments`].
+        consistency_weight (`float`, *optional*, defaults to 0.0): See [`ConsistencyArguments`].
+        consistency_divergence (`str`, *optional*, defaults to `"symmetric_kl"`): See [`ConsistencyArguments`].
+        consistency_warmup_steps (`int`, *optional*, defaults to 0): See [`ConsistencyArguments`].
 
     Raises:
-        ValueError: for values out of range, and for what the term does not work with (`nn.DataParallel`, context and
-            sequence parallelism, prompt tuning with label smoothing).
+        ValueError: for values out of range, and for unsupported settings (`nn.DataParallel`, context and sequence
+            parallelism, prompt tuning with label smoothing).
 
     Example:
 
@@ -63,32 +66,20 @@ class ConsistencyTrainerMixin:
     ```
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        consistency_weight: float | None = None,
-        consistency_divergence: str | None = None,
-        consistency_warmup_steps: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+    compute_loss_func: Callable[..., Tensor] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        overrides = {name: kwargs.pop(name, None) for name in CONSISTENCY_DEFAULTS}
         super().__init__(*args, **kwargs)
-        given = {
-            "consistency_weight": consistency_weight,
-            "consistency_divergence": consistency_divergence,
-            "consistency_warmup_steps": consistency_warmup_steps,
-        }
-        for field in fields(ConsistencyArguments):
-            if given[field.name] is None:
-                given[field.name] = getattr(self.args, field.name, field.default)
-        ConsistencyArguments(**given)
-        # They live in the arguments, where callbacks and hyperparameter search look for them.
-        for name, value in given.items():
+        # Callbacks and hyperparameter search look for settings in the training arguments.
+        for name, value in asdict(resolve_consistency(self.args, overrides)).items():
             setattr(self.args, name, value)
-        self._alignment_of: tuple[nn.Module | None, LabelAlignment] = None, LabelAlignment()
+        self._alignments: WeakKeyDictionary[nn.Module, LabelAlignment] = WeakKeyDictionary()
+        # Task loss, divergence and number of optimizer steps since the last log.
         self._component_sums: Tensor | None = None
-        self._has_looked_for_randomness = self._has_looked_for_method = False
+        self._has_checked_randomness = self._has_checked_method = False
         if self.args.consistency_weight > 0:
-            self._refuse_unsupported()
+            check_trainer(self, self._alignment)
 
     def compute_loss(
         self,
@@ -97,48 +88,32 @@ class ConsistencyTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch; in training that of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
+        """The loss of a batch; in training, of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
         if not (model.training and self.args.consistency_weight > 0):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        core, alignment = self._core_model, self._alignment
-        config = getattr(core, "config", None)
-        refuse_hidden_packing(inputs, getattr(config, "_attn_implementation", None) or "")
-        batch_size = batch_size_of(inputs, getattr(core, "main_input_name", "input_ids"))
-        num_items = alignment.count_items(inputs, batch_size).to(self.args.device)
-        # Without the number of items every head returns the mean over its micro-batch, whether or not it would have
-        # used the number. That mean is weighted below.
-        with RecordForward(model, alignment) as forward, self._compute_loss_func_for(2 * num_items):
-            task_loss = super().compute_loss(model, double_batch(inputs, batch_size), num_items_in_batch=None)
-        if len(forward.outputs) != 1:
-            raise ValueError(
-                f"{type(self).__name__} called the model {len(forward.outputs)} times with gradients for one loss: "
-                "the consistency term compares the two halves of a single forward. Set `consistency_weight=0`."
-            )
-        outputs = forward.outputs[0]
-        problem_type = getattr(config, "problem_type", None)
-        divergence = output_divergence(outputs, inputs, alignment, problem_type, self.args.consistency_divergence)
-        if not self._has_looked_for_randomness and num_items.any():
-            self._look_for_randomness(divergence)
-
+        batch = self._make_batch(inputs)
+        num_items = batch.num_items.to(self.args.device)
+        # Without the number of items every head returns the mean over its micro-batch, whether or not it supports that
+        # argument. The share below weights that mean.
+        with ForwardRecorder(model, batch.alignment) as forward, self._averaging_over(2 * num_items.sum()):
+            mean = super().compute_loss(model, batch.doubled, num_items_in_batch=None)
         share = self._share_of_step(num_items, num_items_in_batch)
-        if num_items.dim() > 0 and not (num_items[0] == num_items[1] > 0 and share[0] == share[1]):
-            task_loss = answer_losses(outputs, inputs, alignment)
-        elif not num_items.any():
-            task_loss = without_value(task_loss, outputs)
-        # The loss of question answering is the mean of two means, over the starts and over the ends.
-        components = [(part * share).mean() for part in (task_loss.to(divergence.dtype), divergence)]
-        sums = torch.stack((*components, share.mean())).detach()
-        self._component_sums = sums if self._component_sums is None else self._component_sums + sums
+        divergence = batch.divergence(forward.output, self.args.consistency_divergence)
+        task_loss = batch.task_loss(mean, forward.output, share).to(divergence.dtype)
+        self._check_randomness(num_items, divergence)
+
+        # The loss of question answering is the mean of two means, over the start and over the end positions.
+        components = [(part * share).mean() for part in (task_loss, divergence)]
+        self._add_components(torch.stack((*components, share.mean())).detach())
         loss = components[0] + self._current_consistency_weight * components[1]
-        return (loss, first_half(outputs, batch_size)) if return_outputs else loss
+        return (loss, batch.first_half(forward.output)) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-batch, forward and backward. See [`~transformers.Trainer.training_step`]."""
+        """Forward and backward of a micro-batch. See [`~transformers.Trainer.training_step`]."""
         if self.args.consistency_weight <= 0:
-            if not self._has_looked_for_method:
-                self._look_for_method()
+            self._check_method()
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
@@ -151,13 +126,10 @@ class ConsistencyTrainerMixin:
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step and their number of items. See
-        [`~transformers.Trainer.get_batch_samples`], which counts for some models only."""
+        [`~transformers.Trainer.get_batch_samples`], which counts items only for some models."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.consistency_weight > 0 and batches:
-            alignment = self._alignment
-            name = getattr(self._core_model, "main_input_name", "input_ids")
-            counts = [alignment.count_items(batch, batch_size_of(batch, name)).to(device) for batch in batches]
-            num_items = torch.stack(counts).sum(dim=0)
+            num_items = torch.stack([self._make_batch(batch).num_items.to(device) for batch in batches]).sum(dim=0)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, reduction="sum")
         return batches, num_items
@@ -165,11 +137,19 @@ class ConsistencyTrainerMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with the components of the training loss. See [`~transformers.Trainer.log`]."""
         if "loss" in logs and self._component_sums is not None:
-            # The third sum is the number of steps since the last log.
             task_loss, divergence, steps = self.accelerator.reduce(self._component_sums, reduction="mean").tolist()
             logs = {**logs, "task_loss": task_loss / steps, "consistency_loss": divergence / steps}
             self._component_sums = None
         super().log(logs, start_time)
+
+    @property
+    def method_cards(self) -> tuple[MethodCard, ...]:
+        """The card of the consistency term, if the training used it: weight above 0, and the two passes differed in
+        some logged step or nothing was logged."""
+        logged = [entry["consistency_loss"] for entry in self.state.log_history if "consistency_loss" in entry]
+        if self.args.consistency_weight <= 0 or (logged and max(logged) <= NO_DIVERGENCE):
+            return ()
+        return (consistency_card(resolve_consistency(self.args)),)
 
     @property
     def _core_model(self) -> nn.Module:
@@ -177,10 +157,11 @@ class ConsistencyTrainerMixin:
 
     @property
     def _alignment(self) -> LabelAlignment:
-        core = self._core_model
-        if self._alignment_of[0] is not core:
-            self._alignment_of = core, LabelAlignment.of_model(core, self.label_smoother is not None)
-        return self._alignment_of[1]
+        # Kept per model, because reading the source of a model takes time and `model_init` builds new models.
+        model = self._core_model
+        if model not in self._alignments:
+            self._alignments[model] = LabelAlignment.of_model(model, self.label_smoother is not None)
+        return self._alignments[model]
 
     @property
     def _current_consistency_weight(self) -> float:
@@ -188,28 +169,30 @@ class ConsistencyTrainerMixin:
         ramp = min(1.0, self.state.global_step / warmup_steps) if warmup_steps > 0 else 1.0
         return ramp * self.args.consistency_weight
 
+    def _make_batch(self, inputs: Mapping[str, Any]) -> ConsistencyBatch:
+        return ConsistencyBatch.for_model(self._core_model, inputs, self._alignment)
+
     def _share_of_step(self, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Weight of a micro-batch, so that the gradients of an optimizer step add up to those of its mean."""
+        """The weight of a micro-batch, with which the gradients of a step sum to those of the mean over its items."""
         if num_items_in_batch is None:
             return torch.ones_like(num_items, dtype=torch.float32)
         total = torch.as_tensor(num_items_in_batch, device=num_items.device)
-        # Processes average their gradients. Tensor parallel copies of a batch count in the items as in the processes.
+        # Processes average their gradients. Tensor parallel copies of a batch count both as items and as processes.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        # Without any item in the whole step its micro-batches weigh the same: the load balancing loss of experts is
-        # there all the same.
+        # In a step without items all micro-batches weigh the same, for losses like the load balancing of experts.
         equal_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         return torch.where(total > 0, num_items / total.clamp(min=1) * processes, equal_share)
 
     @contextmanager
-    def _compute_loss_func_for(self, num_items: Tensor) -> Iterator[None]:
-        """Gives a user's loss function the items of the doubled micro-batch, so that it returns their mean."""
+    def _averaging_over(self, num_items: Tensor) -> Iterator[None]:
+        """Passes the number of items of the doubled batch to a custom loss function, so that it returns their mean."""
         compute_loss_func = self.compute_loss_func
         if compute_loss_func is None:
             yield
             return
 
         def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.sum().clamp(min=1))
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.clamp(min=1))
 
         self.compute_loss_func = mean_loss
         try:
@@ -217,58 +200,31 @@ class ConsistencyTrainerMixin:
         finally:
             self.compute_loss_func = compute_loss_func
 
-    def _refuse_unsupported(self) -> None:
-        remedy = "or set `consistency_weight=0`"
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"The consistency term does not run under nn.DataParallel ({self.args.n_gpu} GPUs in one process): it "
-                "averages its replicas whatever their numbers of items. Start one process per GPU with "
-                f"`accelerate launch`, show this one a single GPU with CUDA_VISIBLE_DEVICES, {remedy}."
-            )
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                "The consistency term does not run under context or sequence parallelism: these cut the sequences of "
-                f"a batch that has to be doubled first. Use data, tensor or fully sharded parallelism, {remedy}."
-            )
-        if self._alignment.virtual_tokens and self.label_smoother is not None:
-            raise ValueError(
-                "Label smoothing does not work with prompt tuning: Transformers smooths without regard to the virtual "
-                f"tokens before the logits. Set `label_smoothing_factor=0`, {remedy}."
-            )
+    def _add_components(self, components: Tensor) -> None:
+        self._component_sums = components if self._component_sums is None else self._component_sums + components
 
-    def _look_for_method(self) -> None:
-        """Warns where nothing of this package has a part in the training."""
-        self._has_looked_for_method = True
-        names = {module.config._attn_implementation for _, module in attention_modules(self._core_model)}
-        if names.isdisjoint(FUNCTIONS) and self.is_world_process_zero():
-            logger.warning(
-                f"{type(self).__name__} trains as the plain Trainer would: no attention of "
-                f"{type(self._core_model).__name__} is perturbed, and `consistency_weight` is 0. Load the model with "
-                'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), call '
-                'model.set_attn_implementation("attentiondrop"), or set `consistency_weight`, which makes the '
-                "model's own dropout R-Drop."
-            )
+    def _check_method(self) -> None:
+        """Checks once whether a method of this package takes part in the training."""
+        if not self._has_checked_method:
+            self._has_checked_method = True
+            if self.is_world_process_zero():
+                warn_without_method(self._core_model, type(self).__name__)
 
-    def _look_for_randomness(self, divergence: Tensor) -> None:
-        """Warns where both passes are the same. Equal outputs alone do not tell: a fresh LoRA adapter adds nothing
-        yet, whatever its dropout."""
-        self._has_looked_for_randomness = True
-        if divergence.max() > NO_DIVERGENCE or not self.is_world_process_zero() or has_dropout(self._core_model):
-            return
-        logger.warning(
-            f"The consistency term has no effect: {type(self._core_model).__name__} has no dropout above 0 and no "
-            "active AttentionDrop, so both passes over a batch are the same. Load the model with "
-            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), raise a dropout '
-            "probability in its config (attention_dropout, hidden_dropout_prob, ...), or set `consistency_weight=0` "
-            "to save the second pass."
-        )
+    def _check_randomness(self, num_items: Tensor, divergence: Tensor) -> None:
+        """Checks once, on a batch with items, whether the two passes differ."""
+        if not self._has_checked_randomness and num_items.any():
+            self._has_checked_randomness = True
+            if divergence.max() <= NO_DIVERGENCE and self.is_world_process_zero():
+                warn_without_randomness(self._core_model)
 
 
 class AttentionDropTrainer(ConsistencyTrainerMixin, ModelCardMixin, Trainer):
-    """[`~transformers.Trainer`] with a model card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`], and, above
-    `consistency_weight=0`, with the consistency term, see [`ConsistencyTrainerMixin`]."""
+    """[`~transformers.Trainer`] that writes the model card of this package, see
+    [`~hf_attentiondrop.hub.ModelCardMixin`], and adds the consistency term if `consistency_weight` > 0, see
+    [`ConsistencyTrainerMixin`]."""
 
 
 class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, ModelCardMixin, Seq2SeqTrainer):
-    """[`~transformers.Seq2SeqTrainer`] with a model card of its own, see [`~hf_attentiondrop.hub.ModelCardMixin`],
-    and, above `consistency_weight=0`, with the consistency term, see [`ConsistencyTrainerMixin`]."""
+    """[`~transformers.Seq2SeqTrainer`] that writes the model card of this package, see
+    [`~hf_attentiondrop.hub.ModelCardMixin`], and adds the consistency term if `consistency_weight` > 0, see
+    [`ConsistencyTrainerMixin`]."""

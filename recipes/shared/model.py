@@ -9,7 +9,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hf_attentiondrop.attention.dropout import with_dropout
 from hf_attentiondrop.evaluation.pretrained import SHOWN_WEIGHTS, describe_wrappers, first_of, load_weights
-from hf_attentiondrop.training.consistency import has_dropout
+from hf_attentiondrop.training.checks import has_dropout
 
 from .arguments import ModelArguments
 

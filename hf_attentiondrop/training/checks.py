@@ -1,0 +1,99 @@
+"""Checks of a Trainer and its model: unsupported settings, and a consistency term or a method without effect."""
+
+import logging
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import Trainer
+
+from ..integration.implementations import FUNCTIONS
+from ..attention.modules import attention_modules
+from .alignment import LabelAlignment
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Trainer, alignment: LabelAlignment) -> None:
+    """Checks that the consistency term works with the settings of a Trainer.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The Trainer.
+        alignment ([`LabelAlignment`]): The alignment of its model.
+
+    Raises:
+        ValueError: for `nn.DataParallel`, context or sequence parallelism, and prompt tuning with label smoothing.
+    """
+    remedy = "or set `consistency_weight=0`"
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"The consistency term does not support nn.DataParallel ({trainer.args.n_gpu} GPUs in one process), which "
+            "averages over replicas without regard to their numbers of items. Start one process per GPU with "
+            f"`accelerate launch`, limit this process to one GPU with CUDA_VISIBLE_DEVICES, {remedy}."
+        )
+    if trainer.get_cp_size() * trainer.get_sp_size() > 1:
+        raise ValueError(
+            "The consistency term does not support context or sequence parallelism: these split the sequences of a "
+            f"batch before it can be doubled. Use data, tensor or fully sharded parallelism, {remedy}."
+        )
+    if alignment.virtual_tokens and trainer.label_smoother is not None:
+        raise ValueError(
+            "Label smoothing does not work with prompt tuning: Transformers ignores the logits of the virtual tokens "
+            f"when it smooths, so logits and labels do not line up. Set `label_smoothing_factor=0`, {remedy}."
+        )
+
+
+def warn_without_method(model: nn.Module, trainer: str) -> None:
+    """Warns if no method of this package takes part in a training without the consistency term.
+
+    Args:
+        model (`torch.nn.Module`): The model, without the wrappers of a launcher.
+        trainer (`str`): Name of the Trainer class, for the message.
+    """
+    implementations = {module.config._attn_implementation for _, module in attention_modules(model)}
+    if implementations.isdisjoint(FUNCTIONS):
+        logger.warning(
+            f"{trainer} trains like the plain Trainer: no attention module of {type(model).__name__} is perturbed, "
+            "and `consistency_weight` is 0. Load the model with "
+            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), call '
+            'model.set_attn_implementation("attentiondrop"), or set `consistency_weight` > 0, which turns the dropout '
+            "of the model into R-Drop."
+        )
+
+
+def warn_without_randomness(model: nn.Module) -> None:
+    """Warns if a model without divergence between two passes has no source of randomness.
+
+    Equal outputs alone do not show this: a new LoRA adapter adds 0 at first, with or without dropout.
+
+    Args:
+        model (`torch.nn.Module`): The model, without the wrappers of a launcher.
+    """
+    if not has_dropout(model):
+        logger.warning(
+            f"The consistency term has no effect: {type(model).__name__} has no dropout above 0 and no active "
+            "AttentionDrop, so both passes over a batch are equal. Load the model with "
+            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), raise a dropout '
+            "probability in its config (attention_dropout, hidden_dropout_prob, ...), or set `consistency_weight=0` "
+            "to save the second pass."
+        )
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """True if some module drops activations of each sample independently. Layer drop does not count: it skips a layer
+    in both passes.
+
+    Args:
+        model (`torch.nn.Module`): Any model.
+
+    Example:
+
+    >>> has_dropout(nn.Dropout(0.1)), has_dropout(nn.Dropout(0.0))
+    (True, False)
+    """
+    return any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if ("drop" in name and "layerdrop" not in name) or (name == "p" and isinstance(module, _DropoutNd))
+    )
