@@ -68,10 +68,10 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.cli.checkpoint import longest_text
+from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
-from hf_attentiondrop.evaluation.pretrained import load_processor
+from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
 
 
 NO_LABEL = -100
@@ -129,7 +129,8 @@ def load_tokenizer(arguments: LanguageModelArguments, texts: Sequence[str]) -> P
     if not arguments.model_name_or_path:
         return GPT2Tokenizer().train_new_from_iterator(texts, arguments.vocab_size, show_progress=False)
     check_path("--model_name_or_path", arguments.model_name_or_path)
-    tokenizer = load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
+    with naming_flag("--model_name_or_path"):
+        tokenizer = load_processor(arguments.model_name_or_path, AutoTokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--model_name_or_path: the tokenizer of {arguments.model_name_or_path} has no token for the end of a "

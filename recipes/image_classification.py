@@ -61,10 +61,10 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.cli.checkpoint import channels_of, check_channels
+from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.images import encoded_images, read_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
-from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor
+from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor, channels_of, check_channels
 from hf_attentiondrop.evaluation.pretrained import load_processor as load_saved_processor
 
 
@@ -129,9 +129,8 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
     else:
         data = DatasetDict(train=digits())
     check_columns(data, {"--image_column": arguments.image_column, "--label_column": arguments.label_column})
-    data = DatasetDict(
-        {split: encoded_images(rows, "--image_column", arguments.image_column) for split, rows in data.items()}
-    )
+    with naming_flag("--image_column"):
+        data = DatasetDict({split: encoded_images(rows, arguments.image_column) for split, rows in data.items()})
     data = encode_classes(data, arguments.label_column)
     return hold_out(data, arguments, stratify_by_column=arguments.label_column)
 
@@ -158,7 +157,8 @@ def load_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
     if not arguments.model_name_or_path:
         return ViTImageProcessorPil(size={"height": arguments.image_size, "width": arguments.image_size})
     check_path("--model_name_or_path", arguments.model_name_or_path)
-    return load_saved_processor("--model_name_or_path", arguments.model_name_or_path, AutoImageProcessor)
+    with naming_flag("--model_name_or_path"):
+        return load_saved_processor(arguments.model_name_or_path, AutoImageProcessor)
 
 
 def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_data(data_args)
         processor = load_processor(model_args)
         model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
-        check_channels("--model_name_or_path", processor, model.config)
+        with naming_flag("--model_name_or_path"):
+            check_channels(processor, model.config)
         channels = channels_of(model.config)
         check_images(data, data_args.image_column, channels)
         if model_args.base_attention:

@@ -61,10 +61,10 @@ from transformers import (
 )
 
 from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.cli.checkpoint import longest_text
+from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
-from hf_attentiondrop.evaluation.pretrained import load_processor
+from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
 
 
 @dataclass
@@ -127,7 +127,8 @@ def load_tokenizer(
     """The tokenizer of the model, or one for the texts to train on."""
     if arguments.model_name_or_path:
         check_path("--model_name_or_path", arguments.model_name_or_path)
-        tokenizer = load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
+        with naming_flag("--model_name_or_path"):
+            tokenizer = load_processor(arguments.model_name_or_path, AutoTokenizer)
     else:
         columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
         texts = [text for column in columns for text in data["train"][column]]
@@ -224,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if model_args.base_attention:
             set_base_attention(model, model_args.base_attention)
         if evaluation_args.evaluate_robustness:
-            check_attackable(model)
+            with naming_flag("--evaluate_robustness"):
+                check_attackable(model)
         accept_saved_weights(model)
         trainer = AttentionDropTrainer(
             model=model,

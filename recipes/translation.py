@@ -66,8 +66,8 @@ from transformers import (
 )
 
 from hf_attentiondrop import set_base_attention
-from hf_attentiondrop.cli.checkpoint import longest_text
-from hf_attentiondrop.evaluation.pretrained import load_processor
+from hf_attentiondrop.cli.flags import naming_flag
+from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
 from hf_attentiondrop.training.arguments import AttentionDropSeq2SeqTrainingArguments
 from hf_attentiondrop.training.trainer import AttentionDropSeq2SeqTrainer
 
@@ -133,7 +133,8 @@ def load_tokenizer(
     """The tokenizer of the model, or one for the texts to train on, of both languages."""
     if arguments.model_name_or_path:
         check_path("--model_name_or_path", arguments.model_name_or_path)
-        return load_processor("--model_name_or_path", arguments.model_name_or_path, AutoTokenizer)
+        with naming_flag("--model_name_or_path"):
+            return load_processor(arguments.model_name_or_path, AutoTokenizer)
     tokenizer = Tokenizer(models.BPE())
     # Digit by digit, so that a number never seen is made of tokens that are known.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

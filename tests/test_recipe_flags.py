@@ -134,7 +134,7 @@ def test_dropout_that_cannot_be_set_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load("causal_lm", monkeypatch)
-    cases = [(["--dropout", "1"], "--dropout: expected a probability in [0, 1), got 1.0")]
+    cases = [(["--dropout", "1"], "--dropout: `dropout` must be a probability in [0, 1), got 1.0")]
     tokenizer = recipe.load_tokenizer(recipe.LanguageModelArguments(), ["a text"])
     for config, flag in (
         (CTRLConfig(vocab_size=300, n_embd=8, n_layer=1, n_head=2, dff=8, n_positions=64), "attention_dropout"),

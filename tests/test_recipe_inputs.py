@@ -86,7 +86,7 @@ def test_weights_that_cannot_be_used_are_refused(
     (junk / "config.json").write_text("{")
     for folder, message in (
         (cut, "--model_name_or_path: expected the model's weights in '.*', and they cannot be read: SafetensorError"),
-        (wrapped, "random numbers would stand for them. What is there has names with '_orig_mod.' in front"),
+        (wrapped, "random numbers would stand for them. The file has names with '_orig_mod.' in front"),
         (short, "random numbers would stand for them. Name a checkpoint that holds them"),
         (junk, "JSON" if name in ("causal_lm", "translation") else "--model_name_or_path: expected the model's own"),
     ):

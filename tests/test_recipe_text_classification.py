@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_attacked_is_refused_before_it_is_trained(
     file = write(tmp_path / "train.csv", rows())
     flags = ["--model_name_or_path", tmp_path / "model", "--train_file", file, *COLUMNS, "--max_length", "32"]
     line = refusal(recipe, capfd, *flags, "--evaluate_robustness", "--output_dir", tmp_path / "out")
-    assert "--evaluate_robustness: expected a classifier that takes embeddings in the place of tokens, got T5" in line
+    assert "--evaluate_robustness: expected a classifier that takes embeddings instead of token ids, got T5" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -69,12 +69,12 @@ def with_dropout(
         if value is None:
             continue
         if not 0 <= value < 1:
-            raise ValueError(f"--{argument}: expected a probability in [0, 1), got {value}.")
+            raise ValueError(f"`{argument}` must be a probability in [0, 1), got {value}.")
         if not fields:
             there = f"; it has {', '.join(names)}" if names else ""
             raise ValueError(
-                f"--{argument}: {type(config).__name__} has no {argument.replace('_', ' ')} to set{there}. Leave the "
-                "flag out: it would have no effect."
+                f"{type(config).__name__} has no {argument.replace('_', ' ')} to set{there}. Leave `{argument}` out: "
+                "it would have no effect."
             )
         values |= dict.fromkeys(fields, value)
     return values

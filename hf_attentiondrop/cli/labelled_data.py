@@ -1,4 +1,4 @@
-"""Labelled data, from files or the Hub, as batches of a classifier's inputs."""
+"""Labelled data from files or the Hub, as batches of inputs for a classifier."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..evaluation.images import encoded_images, read_image
-from ..evaluation.pretrained import Processor
-from ..evaluation.reading import READERS, load_splits, reader_of
-from .checkpoint import channels_of, pads_alike
+from ..evaluation.pretrained import Processor, channels_of
+from ..evaluation.reading import READERS, check_column, load_splits, read_value, reader_of
+from .flags import naming_flag
 
 
-# What is evaluated on where no split is named, the first of them that there is.
+# The first of these that exists is the default split.
 SPLITS = ("test", "validation", "train")
 
 
@@ -24,24 +24,26 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
     """Loads one split of a data set.
 
     Args:
-        name: a folder with one folder of images per class; a csv, tsv, json, jsonl or parquet file; or a data set on
-            the Hub.
-        split: which split; by default the first there is of test, validation and train.
-        config: configuration of a data set on the Hub.
+        name (`str`): a folder with one folder of images per class; a csv, tsv, json, jsonl or parquet file; or a data
+            set on the Hub.
+        split (`str`, *optional*): defaults to the first of test, validation and train that exists.
+        config (`str`, *optional*): configuration of a data set on the Hub.
 
-    In csv and tsv files only an empty cell is a missing value; words such as `None` are texts.
+    In csv and tsv files only empty cells are missing values; words such as `None` are texts.
 
     Raises:
-        ValueError: if there is no such data, no such split in it, no row, or a `config` of local data.
+        ValueError: if the data or the split does not exist or is empty, and for a `config` with local data.
     """
     if not name:
         raise ValueError("--data: expected a folder, a file, or a data set on the Hub, got nothing. Name one.")
     path = Path(name)
     if config is not None and path.exists():
         raise ValueError(
-            f"--config: only a data set on the Hub has configurations, and {name!r} lies here: {config!r} would be "
+            f"--config: only data sets on the Hub have configurations, and {name!r} is local: {config!r} would be "
             "ignored. Leave it out."
         )
+    arguments: tuple[str | None, ...]
+    options: dict[str, Any]
     if path.is_dir():
         arguments, options = ("imagefolder",), {"data_dir": name, "drop_labels": False}
     elif path.is_file():
@@ -50,19 +52,12 @@ def load_labelled(name: str, split: str | None = None, config: str | None = None
         arguments, options = reader[:1], {"data_files": name, **reader[1]}
     else:
         arguments, options = (name, config), {}
-    splits = load_splits("--data", name, *arguments, **options)
+    with naming_flag("--data"):
+        splits = load_splits(name, *arguments, **options)
     chosen = split or next((known for known in SPLITS if known in splits), next(iter(splits)))
     if chosen not in splits:
         raise ValueError(f"--split: {name!r} has no split {chosen!r}; it has {', '.join(splits)}.")
     return splits[chosen]
-
-
-def check_column(flag: str, column: str, dataset: Any) -> None:
-    """Refuses a column, named by a flag, that the data does not have."""
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"{flag}: the data has no column {column!r}; its columns are {', '.join(dataset.column_names)}. Name one."
-        )
 
 
 def labelled_batches(
@@ -76,34 +71,35 @@ def labelled_batches(
 ) -> DataLoader[Any]:
     """Batches of a classifier's inputs with `labels`.
 
-    Texts come one by one where the model and its tokenizer do not agree on what padding is: a model that classifies
-    by the last token would take padding for it.
+    The batch size is 1 for texts if the model and its tokenizer disagree on the padding token: a model that classifies
+    by the last token would classify by a padding token.
 
     Args:
-        dataset: of [`~datasets.Dataset`].
-        labels: the class of each sample.
-        columns: the column of images; or that of texts, and that of the second texts where there are pairs; each by
-            the flag that names it.
-        config: of the model.
+        dataset ([`~datasets.Dataset`]): the samples.
+        labels (`Sequence[int]`): the class of each sample.
+        columns (`Mapping[str, str]`): flag to column: of images, or of texts and optionally of the second texts.
+        config ([`~transformers.PreTrainedConfig`]): of the model.
         processor: its image processor or tokenizer.
-        batch_size: samples per batch.
-        order: numbers of the samples to take, in this order; by default all as they come.
+        batch_size (`int`, defaults to 32): samples per batch.
+        order (`Sequence[int]`, *optional*): indices of the samples to take, in this order; all of them by default.
 
     Raises:
-        ValueError: for a column that is missing, or holds something else; and in going through the batches, for a
-            sample that cannot be read.
+        ValueError: for a column that is missing or holds values of another kind; and during iteration, for a sample
+            that cannot be read.
     """
     for flag, column in columns.items():
-        check_column(flag, column, dataset)
-    # A row is read whole, and what the model does not take may be large, or broken.
+        with naming_flag(flag):
+            check_column(dataset, column)
+    # Rows are read whole, and other columns may be large or broken.
     dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
     if isinstance(processor, PreTrainedTokenizerBase):
         encode, read = _encode_texts(processor, config), _read_text
-        batch_size = batch_size if pads_alike(config, processor) else 1
+        batch_size = batch_size if _pads_alike(config, processor) else 1
     else:
         encode, read = _encode_images(processor), partial(read_image, channels=channels_of(config))
         for flag, column in columns.items():
-            dataset = encoded_images(dataset, flag, column)
+            with naming_flag(flag):
+                dataset = encoded_images(dataset, column)
 
     def collate(samples: list[tuple[list[Any], int]]) -> dict[str, Any]:
         inputs = encode(*map(list, zip(*(values for values, _ in samples), strict=True)))
@@ -114,7 +110,7 @@ def labelled_batches(
 
 
 class _Samples(Dataset):
-    """The inputs of each sample, column by column, and its class."""
+    """The values of each sample, one per column, and its class."""
 
     def __init__(
         self,
@@ -132,33 +128,17 @@ class _Samples(Dataset):
     def __getitem__(self, index: int) -> tuple[list[Any], int]:
         number = self.order[index]
         row = self.rows[number]
-        values = [read_value(self.read, row[column], flag, column, number) for flag, column in self.columns.items()]
+        values = []
+        for flag, column in self.columns.items():
+            with naming_flag(flag):
+                values.append(read_value(self.read, row[column], column, number))
         return values, self.labels[number]
 
 
-def read_value(read: Callable[[Any], Any], value: Any, flag: str, column: str, number: int, rows: str = "row") -> Any:
-    """What a sample holds in a column.
-
-    Args:
-        read: makes the value of what is stored.
-        value: what is stored.
-        flag: names the column.
-        column: its name.
-        number: of the sample, counted from 0.
-        rows: what a message calls it.
-
-    Raises:
-        ValueError: naming the sample, and its file where there is one, if it cannot be read.
-    """
-    try:
-        return read(value)
-    except Exception as error:  # Every kind of image file has its own way to be broken.
-        path = value.get("path") if isinstance(value, Mapping) else None
-        place = f"{rows} {number} of {column!r}, counted from 0" + (f", {path}" if path else "")
-        raise ValueError(
-            f"{flag}: {place}: {str(error).rstrip('.')}. What cannot be read can be neither learned nor measured: "
-            "mend it, or remove it."
-        ) from error
+def _pads_alike(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether model and tokenizer agree on the padding token."""
+    padding = config.get_text_config().pad_token_id
+    return padding is not None and padding == tokenizer.pad_token_id
 
 
 def _read_text(value: Any) -> str:
@@ -184,9 +164,9 @@ def _encode_texts(tokenizer: Any, config: PreTrainedConfig) -> Callable[..., Map
         highest = inputs["input_ids"].max().item()
         if vocab_size is not None and highest >= vocab_size:
             raise ValueError(
-                f"MODEL: expected a tokenizer whose tokens are numbered below {vocab_size}, for which the model has "
-                f"embeddings, got token {highest}: they do not belong together. Save the model with the tokenizer "
-                "that it was trained with."
+                f"MODEL: expected a tokenizer with token ids below {vocab_size}, for which the model has embeddings, "
+                f"got token id {highest}: they do not belong together. Save the model with the tokenizer that it was "
+                "trained with."
             )
         return inputs
 

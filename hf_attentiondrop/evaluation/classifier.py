@@ -101,12 +101,13 @@ def evaluate_classifier(
     else:
         logger.info("Temperature scaling is left out: a half of the samples has no best temperature.")
     metrics = {**scores, "calibration": calibration}
-    curves, attention = {}, {}
+    curves: dict[str, tuple[RobustAccuracy, ...]] = {}
+    attention: dict[str, AttentionStatistics] = {}
     if attacked_samples > 0:
         curves, metrics["robustness"] = _attacked(model, batches, attacked_samples, normalization, seed)
     try:
         attention = attention_statistics(model, first_samples(batches, ATTENTION_SAMPLES))
-        metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
+        metrics["attention"] = {stack: measured.metrics() for stack, measured in attention.items()}
     except ValueError as error:
         logger.warning(f"Attention was not measured: {error}")
     return ClassifierEvaluation(metrics, reliability(logits, labels), curves, attention)

@@ -57,7 +57,7 @@ class AttentionStatistics:
         """Every statistic as its mean over layers and heads."""
         return {name: getattr(self, name).nanmean().item() for name in MEASURES}
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The means, with the number of samples as `samples`."""
         return {**self.means(), "samples": self.samples}
 
@@ -118,14 +118,14 @@ def attention_statistics(
     if not any(count.any() for count in counts.values()):
         raise ValueError("There is nothing to measure: expected at least one batch with a query that is no padding.")
     statistics = {}
-    for name, layers in sums.items():
-        means = [total / count for total, count in zip(layers, counts[name], strict=True)]
+    for name, totals in sums.items():
+        means = [total / count for total, count in zip(totals, counts[name], strict=True)]
         # Layers of one stack may differ in their numbers of heads.
         measures = pad_sequence([mean.mT for mean in means], batch_first=True, padding_value=math.nan)
-        *of_heads, uniform = measures.unbind(-1)
+        entropy, first_token_mass, top_k_mass, total_mass, uniform_entropy = measures.unbind(-1)
         queries = int(counts[name][0])
         statistics[name] = AttentionStatistics(
-            *of_heads, uniform_entropy=uniform[:, 0], top_k=top_k, queries=queries, samples=samples
+            entropy, first_token_mass, top_k_mass, total_mass, uniform_entropy[:, 0], top_k, queries, samples
         )
     return statistics
 

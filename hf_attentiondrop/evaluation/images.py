@@ -1,4 +1,4 @@
-"""Images of any kind as those that a classifier takes: 8 bits, in grey or in colours."""
+"""Conversion of images to 8 bits per channel, in grayscale or RGB."""
 
 from typing import Any
 
@@ -6,21 +6,21 @@ import numpy as np
 from PIL import Image
 
 
-# What 8-bit white, 255, is to become 16-bit white, 65535.
+# 65535 / 255: maps 16-bit white to 8-bit white.
 STEPS_PER_LEVEL = 257
 
 
 def convert_image(image: Image.Image, channels: int = 3) -> Image.Image:
-    """An image with 8 bits per channel. Greyscale of 16 bits is scaled down, black to black and white to white.
+    """Converts an image to 8 bits per channel. 16-bit grayscale is scaled down, black to black and white to white.
 
-    Pillow's own conversion would cut everything above 255 off, and make nearly all of such an image white.
+    Pillow's own conversion would clip at 255 and turn nearly all of such an image white.
 
     Args:
         image (`PIL.Image.Image`): of any mode with a known range.
-        channels (`int`, defaults to 3): 3 for colours, 1 for grey.
+        channels (`int`, defaults to 3): 3 for RGB, 1 for grayscale.
 
     Raises:
-        ValueError: for pixels of 32 bits, whose white nobody knows.
+        ValueError: for 32-bit pixels, whose range is unknown.
 
     Example:
 
@@ -30,8 +30,8 @@ def convert_image(image: Image.Image, channels: int = 3) -> Image.Image:
     """
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"expected an image of 8 or 16 bits per channel, got mode {image.mode!r}, numbers of 32 bits: which of "
-            "them is white is unknown, and all above 255 would be cut off. Scale it to 0 … 255 and save it in 8 bits"
+            f"expected an image of 8 or 16 bits per channel, got mode {image.mode!r} with 32-bit pixels: the value of "
+            "white is unknown, and values above 255 would be clipped. Scale it to 0 … 255 and save it with 8 bits"
         )
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.uint32)
@@ -39,35 +39,34 @@ def convert_image(image: Image.Image, channels: int = 3) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def encoded_images(dataset: Any, flag: str, column: str) -> Any:
-    """The data with each image as it is stored, so that one that cannot be read can be named.
+def encoded_images(dataset: Any, column: str) -> Any:
+    """Turns off the decoding of images, so that an error can name the image that cannot be decoded.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            With a column of images; of their files' bytes; or of `{"bytes": ..., "path": ...}`, as `datasets` and
-            others write images to parquet.
-        flag (`str`): names the column.
+            With a column of images, of encoded bytes, or of `{"bytes": ..., "path": ...}`, which is how `datasets`
+            and others write images to parquet.
         column (`str`): its name.
 
     Raises:
-        ValueError: if the column holds something else.
+        ValueError: if the column holds anything else.
     """
     import datasets
 
     feature = dataset.features[column]
     if not (isinstance(feature, datasets.Image) or _is_bytes(feature) or _is_bytes(_get(feature, "bytes"))):
         raise ValueError(
-            f"{flag}: expected images in {column!r}, the column holds {feature}. Name another one, or make it one of "
-            f"images and save that: dataset.cast_column({column!r}, datasets.Image())."
+            f"expected images in {column!r}, the column holds {feature}. Name another column, or convert it with "
+            f"dataset.cast_column({column!r}, datasets.Image()) and save the result."
         )
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 def read_image(value: Any, channels: int = 3) -> Image.Image:
-    """Reads an image as [`encoded_images`] gives it, upright, see [`convert_image`].
+    """Decodes an image from [`encoded_images`], rotated by its EXIF orientation, see [`convert_image`].
 
     Raises:
-        ValueError: if there is none, and for pixels of 32 bits.
+        ValueError: if it is missing, or has 32-bit pixels.
         OSError: if it cannot be decoded.
     """
     import datasets

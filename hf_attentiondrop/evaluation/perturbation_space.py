@@ -97,22 +97,22 @@ class Space(NamedTuple):
 
 
 def check_attackable(model: nn.Module) -> None:
-    """Refuses a model that takes neither pixels nor embeddings in the place of tokens, before anything is measured.
+    """Checks that a model takes pixels, or embeddings instead of token ids, before anything is measured.
 
-    A classifier with encoder and decoder shifts the tokens themselves for its decoder, and finds its last one by them.
+    An encoder-decoder classifier needs the token ids: it shifts them for its decoder and finds the last token in them.
 
     Raises:
-        ValueError: naming the flag to leave out.
-        TypeError: if there is no Transformers model in `model`.
+        ValueError: if it does not.
+        TypeError: if `model` contains no Transformers model.
     """
     base = transformers_model(model)
     parameters = inspect.signature(base.forward).parameters
     takes_embeddings = "inputs_embeds" in parameters and not base.config.is_encoder_decoder
     if "pixel_values" not in parameters and not takes_embeddings:
         raise ValueError(
-            f"--evaluate_robustness: expected a classifier that takes embeddings in the place of tokens, got "
-            f"{type(base).__name__}, which has to see the tokens: texts are attacked in their embeddings, so nothing "
-            "could be attacked. Leave the flag out."
+            f"expected a classifier that takes embeddings instead of token ids, got {type(base).__name__}, which "
+            "needs the token ids: texts are attacked in their embeddings, so it cannot be attacked. Measure it "
+            "without attacks."
         )
 
 

@@ -28,6 +28,7 @@ CARD_FILE = "README.md"
 # What a report writes beside its card. Cards are given their metrics, and never read it.
 METRICS_FILE = "metrics.json"
 EVAL_RESULTS_FOLDER = ".eval_results"
+NORM_TITLES = {"linf": "L∞", "l2": "L2"}
 
 
 def build_card(content: CardContent) -> ModelCard:
@@ -60,7 +61,7 @@ def build_card(content: CardContent) -> ModelCard:
         calibration=calibration_table(content.metrics),
         robustness=robustness_table(content.metrics),
         attention=attention_table(content.metrics),
-        norm={"linf": "L∞", "l2": "L2"}.get(robustness.get("norm"), robustness.get("norm")),
+        norm=NORM_TITLES.get(robustness.get("norm", ""), robustness.get("norm")),
         attacked=robustness.get("samples"),
         attended=max((means.get("samples", 0) for means in attention.values()), default=0),
         space=robustness.get("space"),
@@ -178,7 +179,7 @@ def _describe_data(data: Data) -> str:
     name = f"[{name}](https://huggingface.co/datasets/{data.repo_id})" if data.repo_id else name
     details = {"configuration": data.config, "evaluated on the split": data.split}
     described = [name, *(f"{title} `{value}`" for title, value in details.items() if value)]
-    return ", ".join([*described, f"{data.drawn} samples drawn at random"] if data.drawn else described)
+    return ", ".join([*described, f"a random subset of {data.subset} samples"] if data.subset else described)
 
 
 def _table(header: tuple[str, str], values: Mapping[str, Any], quote: bool = False) -> Table:

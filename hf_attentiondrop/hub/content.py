@@ -18,7 +18,7 @@ class Data:
         split (`str`, *optional*): the split that was evaluated on.
         benchmark_task (`str`, *optional*):
             The task that was evaluated, if the data set is a benchmark on the Hub; its `eval.yaml` names them.
-        drawn (`int`, *optional*): how many samples of the split were drawn at random, if it was not evaluated whole.
+        subset (`int`, *optional*): the size of the random subset of the split that was evaluated, if not all of it.
     """
 
     name: str | None = None
@@ -26,7 +26,7 @@ class Data:
     config: str | None = None
     split: str | None = None
     benchmark_task: str | None = None
-    drawn: int | None = None
+    subset: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-from hf_attentiondrop.cli.classes import check_all_labelled
-from hf_attentiondrop.evaluation.reading import load_splits
+from hf_attentiondrop.cli.flags import naming_flag
+from hf_attentiondrop.evaluation.reading import check_all_labelled, check_column, load_splits
 
 from .arguments import check_at_least_one, check_path
 
@@ -51,7 +51,8 @@ def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
     """
     check_path("--dataset_name", arguments.dataset_name)
     name = arguments.dataset_name
-    splits = load_splits("--dataset_name", name, name, arguments.dataset_config_name)
+    with naming_flag("--dataset_name"):
+        splits = load_splits(name, name, arguments.dataset_config_name)
     names = {"train": arguments.train_split}
     if arguments.validation_split or "validation" in splits:
         names["validation"] = arguments.validation_split or "validation"
@@ -78,11 +79,13 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
     given = {flag: path for flag, path in files.items() if path is not None}
     splits = dict(zip(("train", "validation"), given.values(), strict=False))
     try:
-        return load_splits(" and ".join(given), ", ".join(splits.values()), builder, data_files=splits, **options)
+        with naming_flag(" and ".join(given)):
+            return load_splits(", ".join(splits.values()), builder, data_files=splits, **options)
     except ValueError:
         # Which of them it is shows only where each is loaded by itself.
         for flag, path in given.items():
-            load_splits(flag, path, builder, data_files=path, **options)
+            with naming_flag(flag):
+                load_splits(path, builder, data_files=path, **options)
         raise
 
 
@@ -98,11 +101,8 @@ def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
     """
     for split, dataset in data.items():
         for flag, column in columns.items():
-            if column not in dataset.column_names:
-                raise ValueError(
-                    f"{flag}: the {split} data has no column {column!r}; its columns are "
-                    f"{', '.join(dataset.column_names)}."
-                )
+            with naming_flag(flag):
+                check_column(dataset, column, f"the {split} data")
 
 
 def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
@@ -113,7 +113,8 @@ def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
     """
     # First of all, since whole numbers of which one is missing may come as broken ones.
     for split, dataset in data.items():
-        check_all_labelled(dataset, column, f"the {split} data")
+        with naming_flag("--label_column"):
+            check_all_labelled(dataset, column, f"the {split} data")
     feature = data["train"].features[column]
     if not isinstance(feature, ClassLabel):
         if not isinstance(feature, Value) or "float" in feature.dtype:

@@ -8,8 +8,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from datasets.utils import tqdm
 
-from hf_attentiondrop.cli.labelled_data import read_value
+from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.images import read_image
+from hf_attentiondrop.evaluation.reading import read_value
 
 
 CHUNK = 64
@@ -40,7 +41,8 @@ def _find_broken(dataset: Dataset, split: str, column: str, channels: int) -> st
     read = partial(read_image, channels=channels)
 
     def check(number: int) -> None:
-        read_value(read, dataset[number][column], "--image_column", column, number, f"the {split} data, row")
+        with naming_flag("--image_column"):
+            read_value(read, dataset[number][column], column, number, f"the {split} data, row")
 
     # Decoding leaves the interpreter to other threads.
     with ThreadPoolExecutor() as threads, tqdm(total=len(numbers), desc=f"Checking {split} images") as progress:

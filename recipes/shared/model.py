@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hf_attentiondrop.attention.dropout import with_dropout
+from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.pretrained import SHOWN_WEIGHTS, describe_wrappers, first_of, load_weights
 from hf_attentiondrop.training.checks import has_dropout
 
@@ -39,8 +40,9 @@ def load_pretrained(
         # The config of an adapter is that of its base.
         adapter = Path(name, ADAPTER_CONFIG_NAME)
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
-        options |= with_dropout(AutoConfig.from_pretrained(base), arguments.dropout, arguments.attention_dropout)
-    model, loaded = load_weights(MODEL_FLAG, name, model_class, **options)
+        options |= _asked_dropout(AutoConfig.from_pretrained(base), arguments)
+    with naming_flag(MODEL_FLAG):
+        model, loaded = load_weights(name, model_class, **options)
     changed = [f"{key} {tuple(got)} for {tuple(made)}" for key, got, made in loaded["mismatched_keys"]]
     lost = sorted({*loaded["missing_keys"], *changed})
     if has_new_head:
@@ -61,11 +63,18 @@ def load_pretrained(
 
 def from_scratch(model_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """Makes a model with random weights, see [`load_pretrained`]."""
-    for name, value in with_dropout(config, arguments.dropout, arguments.attention_dropout).items():
+    for name, value in _asked_dropout(config, arguments).items():
         setattr(config, name, value)
     model = model_class.from_config(config)
     _check_dropout(model, arguments)
     return model
+
+
+def _asked_dropout(config: PreTrainedConfig, arguments: ModelArguments) -> dict[str, float]:
+    with naming_flag("--dropout"):
+        values = with_dropout(config, arguments.dropout)
+    with naming_flag("--attention_dropout"):
+        return values | with_dropout(config, None, arguments.attention_dropout)
 
 
 def _check_dropout(model: PreTrainedModel, arguments: ModelArguments) -> None:

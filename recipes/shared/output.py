@@ -102,7 +102,7 @@ def finish(
             under = f"under {row['name']}, epsilon {row['epsilon']:.4g}"
             results["robust accuracy"] = f"{row['accuracy']:.4f} {under}"
     elif attention:
-        metrics["attention"] = {stack: measured.figures() for stack, measured in attention.items()}
+        metrics["attention"] = {stack: measured.metrics() for stack, measured in attention.items()}
     metrics["dropout"] = dropout_of(trainer.model.config)
     card = describe_data(parser.values, data)
     if trainer.is_world_process_zero():

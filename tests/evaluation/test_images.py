@@ -38,5 +38,5 @@ def test_8_bits_are_converted_as_by_pillow(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_an_unknown_range_is_refused(mode: str) -> None:
-    with pytest.raises(ValueError, match=f"got mode '{mode}'.*which of them is white is unknown"):
+    with pytest.raises(ValueError, match=f"got mode '{mode}'.*the value of white is unknown"):
         convert_image(Image.new(mode, (2, 2)))

@@ -53,7 +53,12 @@ def test_the_class_is_the_models(
         ([0, 3], NAMELESS, None, "does not know, 3; it knows 0, 1, 2"),
         (["cat", "newt"], ANIMALS, None, "does not know, newt; it knows cat, dog, owl"),
         ([0, 1], ANIMALS, ["cat", "newt"], "does not know, newt"),
-        (["cat", "owl"], NAMELESS, None, "not know, cat, owl; it knows LABEL_0, .* no order .* as id2label"),
+        (
+            ["cat", "owl"],
+            NAMELESS,
+            None,
+            "not know, cat, owl; it knows LABEL_0, .* order .* as id2label",
+        ),
         (
             [0.0, 1.0, None],
             ANIMALS,
@@ -68,8 +73,8 @@ def test_the_class_is_the_models(
             ["cat", "dog"],
             "without a label, .* the first in row 1 of the data, counted from 0",
         ),
-        ([True, False], ANIMALS, None, "whole numbers of classes in 'kind', got True in row 0"),
-        ([0.0, 1.5], ANIMALS, None, "whole numbers of classes in 'kind', got 0.0 in row 0"),
+        ([True, False], ANIMALS, None, "class names or integers in 'kind', got True in row 0"),
+        ([0.0, 1.5], ANIMALS, None, "class names or integers in 'kind', got 0.0 in row 0"),
     ],
 )
 def test_a_class_that_cannot_be_told_is_refused(

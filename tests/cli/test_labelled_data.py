@@ -85,7 +85,7 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for rows, message in cases:
         with pytest.raises(ValueError) as error:
             list(labelled_batches(rows, [0] * len(rows), IMAGE, VIT, PROCESSOR))
-        assert message in str(error.value) and str(error.value).endswith("measured: mend it, or remove it.")
+        assert message in str(error.value) and str(error.value).endswith("measured: repair it, or remove it.")
     with pytest.raises(ValueError, match="--text_column: row 2 of 'text', counted from 0: expected a text, got None"):
         list(labelled_batches(texts("a", "b", None), [0, 1, 0], TEXT, BERT, tokenizer(pad_token="[PAD]"), 1, [0, 2]))
 
@@ -117,7 +117,7 @@ def test_columns_that_do_not_fit_are_refused() -> None:
 
 def test_tokens_of_another_model_are_refused() -> None:
     config = BertConfig(vocab_size=3)
-    with pytest.raises(ValueError, match="numbered below 3, for which the model has embeddings, got token 3"):
+    with pytest.raises(ValueError, match="token ids below 3, for which the model has embeddings, got token id 3"):
         list(labelled_batches(texts("a", "b"), [0, 1], TEXT, config, tokenizer(pad_token="[PAD]")))
     with pytest.raises(ValueError, match="texts of at least one token"):
         list(labelled_batches(texts(""), [0], TEXT, BERT, tokenizer()))
