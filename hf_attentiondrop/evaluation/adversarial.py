@@ -136,7 +136,7 @@ def robustness_curve(
             correct[index] += int(survivors.sum())
             if not survivors.any():
                 break
-        total += len(survivors)
+        total += len(batch["labels"])
     if total == 0:
         raise ValueError("Expected at least one batch to attack, got none: of no samples there is no accuracy.")
     return tuple(RobustAccuracy(a.epsilon, count, total) for a, count in zip(attacks, correct, strict=True))

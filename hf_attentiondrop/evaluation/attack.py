@@ -150,6 +150,7 @@ class Attack(Config):
                 "An attack with epsilon=0 cannot be scaled: its step has no proportion to it. Give one with the "
                 "largest epsilon that you want."
             )
+        assert self.step_size is not None  # set by __post_init__
         return replace(self, epsilon=epsilon, step_size=self.step_size * (epsilon / self.epsilon))
 
 

@@ -254,7 +254,8 @@ def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Tr
         )
     has_term = bool(series["consistency_loss"][0])
     figure = _figure(5.0 if has_term else 3.6)
-    panels = figure.subplots(1 + has_term, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_term])[:, 0]
+    grid = figure.subplots(1 + has_term, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_term])
+    panels: list[Axes] = list(grid[:, 0])
     for name, (label, color, marker, width) in losses.items():
         if series[name][0]:
             panels[0].plot(

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import ModelCard, constants, get_session
@@ -30,7 +30,14 @@ class UploadError(RuntimeError):
     """The Hub did not take what was to be uploaded. What is on this machine is as it was."""
 
 
-class ModelCardMixin:
+if TYPE_CHECKING:
+    # The class that the mixin is combined with; at runtime it must not be a base, so that any Trainer can follow it.
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
+
+
+class ModelCardMixin(TrainerBase):
     """Gives any [`~transformers.Trainer`] class the card of this package, put before it among the base classes.
 
     Overrides `create_model_card`, and wraps `push_to_hub` and `init_hf_repo`.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import evaluate
@@ -61,9 +62,7 @@ class LogitsMetric(evaluate.Metric, ABC):
             ),
         )
 
-    def _compute(
-        self, predictions: list[list[float]], references: list[int], **options: str | int
-    ) -> dict[str, float]:
+    def _compute(self, predictions: list[list[float]], references: list[int], **options: Any) -> dict[str, float]:
         logits, labels = select_items(torch.tensor(predictions, dtype=torch.float32), torch.tensor(references))
         check_not_empty(len(labels))
         return {self.name: float(self.score(logits, labels, Options(**options)))}
