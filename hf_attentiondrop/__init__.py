@@ -22,6 +22,7 @@ from .methods import (  # noqa: E402
 )
 from .methods.parsing import AttentionDropConfig  # noqa: E402
 from .report import Report, report  # noqa: E402
+from .training.dropconnect import apply_dropconnect, dropconnect_of  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -61,8 +62,10 @@ __all__ = [
     "HardMasking",
     "Report",
     "__version__",
+    "apply_dropconnect",
     "configure",
     "consistency_loss",
+    "dropconnect_of",
     "report",
     "set_base_attention",
     "set_scheduled_value",

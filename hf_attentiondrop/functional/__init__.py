@@ -8,6 +8,7 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
+from .dropconnect import drop_weights
 from .gate import gate_output
 from .hard.blockwise import hard_attention
 from .hard.flex import flex_hard_attention
@@ -39,6 +40,7 @@ __all__ = [
     "blur_keys",
     "draw_hits",
     "draw_ranks",
+    "drop_weights",
     "expand_heads",
     "flex_hard_attention",
     "gate_output",
