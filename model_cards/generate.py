@@ -1,9 +1,9 @@
-"""Runs the four recipes without data of their own, with the consistency term, and keeps their cards and plots here.
+"""Runs the four recipes on their built-in data, with the consistency term, and saves their cards and plots here.
 
     python model_cards/generate.py
     python model_cards/generate.py --recipes translation
 
-It takes some ten minutes on two cores. The template of the cards is template.md, which the package renders.
+It takes about ten minutes on two cores. The package renders the cards from template.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KEPT = ("README.md", "metrics.json", "plots")
 
 
 def generate(recipe: str) -> None:
-    """Runs a recipe, and replaces what is kept of its last run."""
+    """Runs a recipe, and replaces the saved files of its previous run."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, MODELS[recipe])
         flags = ["--evaluate_robustness"] if recipe in CLASSIFIERS else []
@@ -45,7 +45,7 @@ def generate(recipe: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=list(MODELS), default=list(MODELS))
-    # Nothing that these runs need is on the Hub.
+    # These runs need nothing from the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     for recipe in parser.parse_args().recipes:
         generate(recipe)

@@ -1,4 +1,4 @@
-"""What `test_hub.py` runs in a process that has nothing but the ids: loads each model as its card says.
+"""A process of `test_hub.py` that knows only the ids of models: loads each as its card says.
 
 python -m tests.hub_load outputs.pt
 """
@@ -18,7 +18,7 @@ IMAGES = [Image.new("RGB", (8, 8), color) for color in ("red", "navy")]
 
 
 def load(repo_id: str) -> dict[str, Any]:
-    """What the code in the card of a repository defines."""
+    """The variables that the code in the card of a repository defines."""
     names: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", ModelCard.load(repo_id).text, re.DOTALL)[1], names)
     return names

@@ -1,8 +1,8 @@
-"""What `test_hub.py` runs against its server: trains tiny models, pushes them, and fails to push some.
+"""A process of `test_hub.py` that trains tiny models and pushes them to its server, with faults for some.
 
 python -m tests.hub_push folder
 
-It writes what the models make of raw input into `folder/outputs.pt`, and the errors into `folder/errors.json`.
+It writes the outputs of the models to `folder/outputs.pt` and the errors to `folder/errors.json`.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def processor() -> ViTImageProcessorPil:
 
 
 def train(folder: Path, model: Any, processing_class: Any, inputs: dict[str, Tensor]) -> AttentionDropTrainer:
-    """A trainer after three steps, with the files of a run and a checkpoint in the folder that it is named after."""
+    """A trainer after three steps, with the files of a run and a checkpoint in a folder of the same name."""
     rows = [{name: value[i] for name, value in inputs.items()} | {"labels": i} for i in range(2)]
     arguments = AttentionDropTrainingArguments(
         output_dir=str(folder),
@@ -122,7 +122,7 @@ def fail(folder: Path) -> dict[str, str]:
             trainer.push_to_hub(**options)
         except UploadError as error:
             errors[name] = str(error)
-        # The push writes the card, and the same weights and arguments once more.
+        # The push writes the card, and the same weights and arguments again.
         after = digests(folder / "failing")
         assert after.pop("README.md")
         assert after.keys() == before.keys()

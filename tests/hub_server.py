@@ -1,7 +1,7 @@
-"""A small Hub on this machine, which speaks as much of the Hub's HTTP as huggingface_hub's uploads and downloads need.
+"""A local server with the part of the Hub's HTTP API that uploads and downloads of huggingface_hub need.
 
-Repositories live in memory. Whoever writes needs a token; anybody may read. A fault can be put on any request, to see
-what becomes of an upload that is refused or cut off.
+Repositories are in memory. Writing needs a token, reading does not. Faults can be injected into any request, to test
+uploads that are rejected or cut off.
 """
 
 import base64
@@ -21,14 +21,14 @@ import yaml
 
 
 USER, TOKEN = "tester", "hf_of_the_tests"
-# What the Hub keeps out of git, among the files that a Trainer writes.
+# Suffixes of the files that the Hub stores outside git.
 LARGE_FILES = (".safetensors", ".bin", ".png")
 METADATA = re.compile(r"^---\n(.*?)\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to requests whose method and path match, in place of the answer.
+    """Replaces the response to requests with a matching method and path.
 
     Args:
         request: regular expression for `"METHOD /path"`.
@@ -53,7 +53,7 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; `endpoint` is what HF_ENDPOINT has to be."""
+    """The server; `endpoint` is the value for HF_ENDPOINT."""
 
     def __init__(self, faults: Sequence[Fault] = ()) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -62,13 +62,13 @@ class HubServer(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.validated: list[str] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        # Large files lie on another host than the Hub, for that is how huggingface_hub tells a redirect to them.
+        # Large files are on another host: huggingface_hub recognizes redirects to them by the host.
         self.storage = f"http://localhost:{self.server_address[1]}"
 
 
 @contextmanager
 def running_hub(faults: Sequence[Fault] = ()) -> Iterator[HubServer]:
-    """A server for as long as the context lasts."""
+    """Runs a server within the context."""
     with HubServer(faults) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -129,7 +129,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send(fault.status, {"error": f"refused with {fault.status}"})
 
-    # What is read
+    # Reading
 
     def tell_user(self) -> None:
         if self.may_write():
@@ -173,7 +173,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_large(self, oid: str) -> None:
         self.send(200, self.server.large[oid], {"ETag": f'"{oid}"'})
 
-    # What is written
+    # Writing
 
     def validate(self) -> None:
         content = json.loads(self.body)["content"]
@@ -235,7 +235,7 @@ class HubHandler(BaseHTTPRequestHandler):
         url = f"{self.server.endpoint}/{repo_id}/commit/{repository.sha}"
         self.send(200, {"success": True, "commitOid": repository.sha, "commitUrl": url})
 
-    # How
+    # Helpers
 
     def may_write(self) -> bool:
         if self.headers.get("Authorization") == f"Bearer {TOKEN}":
@@ -263,11 +263,11 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keeps quiet."""
+        """Does not log."""
 
 
 def metadata_errors(content: str) -> list[str]:
-    """What the Hub would say of a card's metadata, as far as its documentation goes."""
+    """The Hub's response to a card's metadata, according to its documentation."""
     match = METADATA.match(content)
     try:
         metadata = yaml.safe_load(match[1]) if match else None

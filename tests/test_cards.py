@@ -1,4 +1,4 @@
-"""A card is made of what it is given and of what its Trainer did, and of no file that lies beside it."""
+"""A card shows the given metrics and plots and the state of its Trainer, never other files in its folder."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from .recipe_runs import load
 from .test_hub import card_of, tables, trainer_of
 
 
-def test_figures_of_an_older_run_in_the_folder_are_not_those_of_the_card(tmp_path: Path) -> None:
+def test_metrics_of_an_older_run_in_the_folder_are_not_on_the_card(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"eval_accuracy": 0.999, "eval_samples": 5000}))
     Image.new("RGB", (2, 2)).save(tmp_path / "reliability_diagram.png")
     trainer = trainer_of(build("bert"), tmp_path)
@@ -38,7 +38,7 @@ def test_a_card_shows_the_metrics_and_plots_that_it_is_given(tmp_path: Path) -> 
         trainer.create_model_card(plots=["/elsewhere/a.png"])
 
 
-def test_a_recipe_that_overwrites_a_folder_shows_its_own_figures_and_plots(
+def test_a_recipe_that_overwrites_a_folder_shows_its_own_metrics_and_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load("image_classification", monkeypatch)
@@ -93,9 +93,7 @@ def test_an_entry_of_a_saved_config_is_called_configured(classifier: Path, tmp_p
         ("photos/train", "photos, evaluated on the split `train`"),
     ],
 )
-def test_a_split_is_named_where_the_data_has_one(
-    classifier: Path, tmp_path: Path, layout: str, described: str
-) -> None:
+def test_a_split_is_named_if_the_data_has_one(classifier: Path, tmp_path: Path, layout: str, described: str) -> None:
     images(tmp_path / "images" / layout)
     card = evaluated(classifier, tmp_path / "images" / layout.split("/")[0], tmp_path / "report")
     assert f"\n## Data\n\n{described}\n" in card.text

@@ -1,4 +1,4 @@
-"""Cards say what is so and nothing else, and a model that was pushed comes back from the Hub as it was."""
+"""Cards state only known facts, and a pushed model comes back from the Hub unchanged."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from .hub_server import TOKEN, Fault, HubServer, running_hub
 from .models import build, inputs
 
 
-# The folder of one process that pushes is what most of them read.
+# Most tests read the folder of the one process that pushes.
 pytestmark = pytest.mark.xdist_group("hub")
 ROOT = Path(__file__).parents[1]
 FAULTS = [
@@ -46,7 +46,7 @@ ATTACKED = {
     "samples": 200,
     "attacks": [{"name": "PGD-20", "epsilon": 8 / 255, "accuracy": 0.41}, {"name": "FGSM", "epsilon": 0.1}],
 }
-FIGURES = {
+MEASURED = {
     "eval_accuracy": 0.97125,
     "eval_macro_f1": 0.9,
     "eval_loss": float("nan"),
@@ -99,7 +99,7 @@ def tables(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
-# What the card says
+# The content of the card
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_model_without_methods_has_none(tmp_path: Path) -> None:
     assert card.data.tags == ["hf-attentiondrop"]
 
 
-def test_metadata_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
+def test_metadata_states_only_known_facts(tmp_path: Path) -> None:
     card = card_of(trainer_of(build("vit"), tmp_path, "vit"))
     assert card.data.to_dict() == {
         "library_name": "transformers",
@@ -169,38 +169,38 @@ def test_metadata_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     assert (card.data.language, card.data.license, card.data.tags[-1]) == ("en", "mit", "digits")
 
 
-def test_figures_become_tables() -> None:
-    text = build_card(content(metrics=FIGURES)).text
+def test_metrics_become_tables() -> None:
+    text = build_card(content(metrics=MEASURED)).text
     rows = tables(text)
     scaled = "After temperature scaling, cross-fitted (T = 1.25 on all samples)"
-    assert rows["Metric"] == ["As it is", scaled]  # the last table of that name
+    assert rows["Metric"] == ["Before", scaled]  # the last table of that name
     assert rows["Accuracy"] == ["0.9712", "0.1"] and rows["F1 (macro)"] == ["0.9", "-"]
     assert rows["Expected calibration error"] == ["0.031", "0.0124"]
     assert text.count("| Expected calibration error |") == 1
     assert rows["Negative log-likelihood (nats)"] == ["0.2", "-"]
     assert rows["PGD-20"] == ["8/255", "0.41"] and "upper bound" in text and "200 samples" in text
-    assert "radius ε in pixels by the L∞ norm, on 200 samples" in text
+    assert "perturbations of the pixels with L∞ norm at most ε, on 200 samples" in text
     assert (rows["Attention"], rows["Encoder"]) == (["Entropy (nats)", "Share of the first key"], ["0.75", "0.25"])
     assert rows["Training"] == ["1437"] and rows["Evaluation"] == ["360"]
     assert not {"Loss", "Runtime", "Samples per second", "FGSM"} & rows.keys()
 
 
-def test_the_size_of_embeddings_goes_with_their_perturbation() -> None:
-    figures = {"norm": "linf", "space": "embeddings", "embedding_deviation": 0.02, **ATTACKED}
-    text = build_card(content(metrics={"robustness": figures})).text
-    assert "radius ε in embeddings, whose standard deviation is 0.02, by the L∞ norm" in text
+def test_the_deviation_of_embeddings_is_shown_with_their_perturbation() -> None:
+    robustness = {"norm": "linf", "space": "embeddings", "embedding_deviation": 0.02, **ATTACKED}
+    text = build_card(content(metrics={"robustness": robustness})).text
+    assert "perturbations of the embeddings (standard deviation 0.02) with L∞ norm at most ε" in text
 
 
 @pytest.mark.parametrize("metrics", [{}, {"calibration": {}, "robustness": None}, {"robustness": {"attacks": []}}])
-def test_nothing_measured_shows_nothing(metrics: dict[str, Any]) -> None:
+def test_sections_without_metrics_are_omitted(metrics: dict[str, Any]) -> None:
     text = build_card(content(metrics=metrics)).text
     assert not any(heading in text for heading in ("Results", "Calibration", "Robustness", "## Data", "## Training"))
 
 
-def test_every_table_and_fence_is_whole(tmp_path: Path) -> None:
+def test_every_table_and_fence_is_complete(tmp_path: Path) -> None:
     trainer = trainer_of(build("bert"), tmp_path)
     trainer.train()
-    text = card_of(trainer, dataset="a | b\nc", metrics=FIGURES).text
+    text = card_of(trainer, dataset="a | b\nc", metrics=MEASURED).text
     assert "a \\| b c" in text
     assert text.count("```") % 2 == 0
     assert not re.search(r"\{\{|\{%|None|\n{3}", text)
@@ -208,12 +208,12 @@ def test_every_table_and_fence_is_whole(tmp_path: Path) -> None:
         lines = block.splitlines()
         assert re.fullmatch(r"\|(---\|)+", lines[1])
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, block
-    # Markdown takes a table or a heading for what it is only after an empty line.
+    # Markdown needs an empty line before a table or a heading.
     assert not re.search(r"^[^|\n].*\n\|", text, re.MULTILINE) and not re.search(r"[^\n]\n#+ ", text)
 
 
 def test_model_index_needs_a_data_set_of_the_hub(tmp_path: Path) -> None:
-    known = content(metrics=FIGURES, task="text-classification", data=Data("Mine", "me/mine", "small", "test"))
+    known = content(metrics=MEASURED, task="text-classification", data=Data("Mine", "me/mine", "small", "test"))
     card = ModelCard.load(write_card(known, tmp_path))
     assert card.data.datasets == ["me/mine"] and card.data.metrics == ["accuracy", "f1"]
     found = [(result.metric_type, result.metric_value) for result in card.data.eval_results]
@@ -223,18 +223,18 @@ def test_model_index_needs_a_data_set_of_the_hub(tmp_path: Path) -> None:
     assert "https://huggingface.co/datasets/me/mine" in card.text
     assert not (tmp_path / ".eval_results").exists()
 
-    unknown = build_card(content(metrics=FIGURES, task="text-classification", data=Data("Mine")))
+    unknown = build_card(content(metrics=MEASURED, task="text-classification", data=Data("Mine")))
     assert unknown.data.eval_results is None and unknown.data.datasets is None and "model_name" not in str(unknown)
 
 
 def test_results_of_a_benchmark_are_structured(tmp_path: Path) -> None:
-    write_card(content(metrics=FIGURES, data=Data(repo_id="me/mine", split="test", benchmark_task="easy")), tmp_path)
+    write_card(content(metrics=MEASURED, data=Data(repo_id="me/mine", split="test", benchmark_task="easy")), tmp_path)
     [entry] = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "mine.yaml").read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("me/mine", "easy", 0.97125)
     assert entry.notes == "Accuracy, split test"
 
 
-def test_pictures_are_those_that_are_given(tmp_path: Path) -> None:
+def test_the_card_shows_the_given_plots(tmp_path: Path) -> None:
     for path in (tmp_path / "robust_accuracy.png", tmp_path / "plots" / "entropy.png", tmp_path / "older.png"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -256,7 +256,7 @@ def test_ids_that_cannot_be_on_the_hub_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_base_model_is_named_only_where_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_model_is_named_only_if_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("bert").save_pretrained(tmp_path / "secret" / "base")
     local = BertForSequenceClassification.from_pretrained(tmp_path / "secret" / "base")
     trainer = trainer_of(local, tmp_path / "out", consistency_weight=0.0)
@@ -265,7 +265,7 @@ def test_base_model_is_named_only_where_it_came_from_the_hub(tmp_path: Path, mon
     assert card.data.base_model is None
     assert "fine-tuned from a local checkpoint, `base`." in card.text and "secret" not in str(card)
 
-    # A name says nothing while nothing of that name was downloaded.
+    # A name alone proves nothing unless a model of that name was downloaded.
     local.config._name_or_path = "me/base"
     assert card_of(trainer).data.base_model is None
     snapshot = tmp_path / "cache" / "models--me--base" / "snapshots" / "0"
@@ -279,8 +279,8 @@ def test_base_model_is_named_only_where_it_came_from_the_hub(tmp_path: Path, mon
     assert card_of(trainer, finetuned_from="you/base").data.base_model == "you/base"
 
 
-def test_figures_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
-    # The only evaluation came before the last step, so it says nothing of the model as it is.
+def test_metrics_are_those_of_the_saved_weights(tmp_path: Path) -> None:
+    # The only evaluation was before the last step, of other weights.
     trainer = trainer_of(build("bert"), tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
     trainer.add_callback(StopAtStep3())
     trainer.train()
@@ -289,13 +289,13 @@ def test_figures_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None
     loss = trainer.evaluate()["eval_loss"]
     rows = tables(card_of(trainer).text)
     assert rows["Loss"] == [f"{loss:.4g}"] and rows["Evaluation"] == ["3"] and rows["Training"] == ["4"]
-    # What is given goes before the log.
+    # Given metrics take precedence over the log.
     assert tables(card_of(trainer, metrics={"eval_loss": 0.125}).text)["Loss"] == ["0.125"]
 
 
-def test_figures_of_the_best_checkpoint_go_with_its_weights(tmp_path: Path) -> None:
+def test_metrics_of_the_best_checkpoint_go_with_its_weights(tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    # By this measure the model gets worse from step to step.
+    # With this metric the model gets worse at every step.
     options |= {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     trainer = trainer_of(build("bert"), tmp_path, **options, learning_rate=1e-2)
     trainer.train()
@@ -317,14 +317,14 @@ def test_card_of_an_adapter(tmp_path: Path) -> None:
         "model = PeftModel.from_pretrained(model, checkpoint)",
     ):
         assert line in card.text.splitlines()
-    assert "Affine-Scaled Attention" in card.text and "PEFT, and the base model" in card.text
+    assert "Affine-Scaled Attention" in card.text and "PEFT and the base model" in card.text
 
 
-# The way to the Hub and back
+# Upload and download
 
 
 def run(hub: HubServer, home: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs a program that takes the server for the Hub, and has downloaded nothing yet."""
+    """Runs a program with the server as its Hub and an empty cache."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.endpoint,
@@ -365,7 +365,7 @@ def test_push_uploads_all_of_the_run_and_no_checkpoint(hub: HubServer, pushed: P
     assert json.loads(files["tester/dropped"]["metrics.json"]) == METRICS
 
 
-def test_card_on_the_hub_is_ours_and_was_looked_at(hub: HubServer, pushed: Path) -> None:
+def test_the_uploaded_card_is_ours_and_validated(hub: HubServer, pushed: Path) -> None:
     cards = {
         name: hub.repositories[f"tester/{name}"].files["README.md"].decode()
         for name in ("dropped", "reweighted", "adapter")
@@ -373,14 +373,14 @@ def test_card_on_the_hub_is_ours_and_was_looked_at(hub: HubServer, pushed: Path)
     assert set(cards.values()) <= set(hub.validated)
     assert "two sentences" in cards["dropped"] and "(reliability_diagram.png)" in cards["dropped"]
     adapter, reweighted = ModelCard(cards["adapter"]).data, ModelCard(cards["reweighted"]).data
-    # Downloading it is what shows that the base model is one of the Hub.
+    # The download shows that the base model is on the Hub.
     assert (adapter.library_name, adapter.base_model) == ("peft", "tester/dropped")
     assert reweighted.eval_results[0].dataset_type == "tester/colours"
     assert reweighted.eval_results[0].metric_value == METRICS["eval_accuracy"]
 
 
 @pytest.mark.slow
-def test_models_come_back_by_their_ids_as_their_cards_say(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+def test_models_load_from_the_hub_as_their_cards_say(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
     if getattr(transformers.AutoImageProcessor, "is_dummy", False):
         pytest.skip("absent: AutoImageProcessor of this version of Transformers needs torchvision")
     run(hub, tmp_path / "home", sys.executable, "-m", "tests.hub_load", tmp_path / "results.pt")
@@ -395,29 +395,29 @@ def test_models_come_back_by_their_ids_as_their_cards_say(hub: HubServer, pushed
 @pytest.mark.parametrize(
     ("name", "reason", "hint"),
     [
-        ("forbidden", "403", "may write there"),
+        ("forbidden", "403", "with write access"),
         ("broken", "500", ""),
         ("cut-off", "disconnected", ""),
         ("anonymous", "401", "`hf auth login`"),
         ("invalid", 'README.md: "license" must be a string', ""),
     ],
 )
-def test_failed_upload_says_why_and_how_to_go_on(
+def test_a_failed_upload_says_why_and_how_to_retry(
     hub: HubServer, pushed: Path, name: str, reason: str, hint: str
 ) -> None:
     message = json.loads((pushed / "errors.json").read_text())[name]
     assert message.startswith(f"The upload to 'tester/{name}' failed: ")
     assert reason in message and hint in message and "\n" not in message
-    assert f"untouched in {pushed / 'failing'}" in message
+    assert f"unchanged in {pushed / 'failing'}" in message
     repository = hub.repositories.get(f"tester/{name}")
-    # What is not valid, or nobody's, does not even get a repository.
+    # Invalid cards and anonymous users get no repository.
     assert (repository is None) is (name in ("anonymous", "invalid"))
     assert repository is None or not repository.files
 
 
-def test_trainer_that_cannot_reach_the_hub_says_so_before_it_trains(tmp_path: Path) -> None:
-    # The tests are offline, and the repository is created first of all.
-    with pytest.raises(UploadError, match="The upload to 'me/x' failed: .*offline.* Nothing was written yet: start"):
+def test_an_unreachable_hub_is_an_error_before_training(tmp_path: Path) -> None:
+    # The tests are offline, and the repository is created first.
+    with pytest.raises(UploadError, match="The upload to 'me/x' failed: .*offline.* Nothing was written yet: fix"):
         trainer_of(build("bert"), tmp_path / "out", push_to_hub=True, hub_model_id="me/x")
     assert not (tmp_path / "out").exists()
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..evaluation.hub_access import check_path
 from ..evaluation.pretrained import (
     SHOWN_WEIGHTS,
     AutoImageProcessor,
@@ -49,8 +50,7 @@ def load_config(name: str, expected: str) -> PreTrainedConfig:
         is_adapter = (path / "adapter_config.json").is_file()
         hint = " It holds a PEFT adapter: check the model that the adapter was trained on." if is_adapter else ""
         raise ValueError(f"expected {expected}; the folder {name!r} has no config.json.{hint}")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
-        raise ValueError(f"expected {expected}; there is nothing at {name!r}.")
+    check_path(name, expected)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # A file can hold anything, and every config class has its own errors.
@@ -102,7 +102,7 @@ def _load_classifier_config(name: str) -> PreTrainedConfig:
     if Path(name).is_file():
         raise ValueError(
             f"expected {expected}; {name!r} is a file, and weights and tokenizer or image processor are needed "
-            "as well. Name the folder that it lies in."
+            "as well. Name its folder."
         )
     return load_config(name, expected)
 

@@ -1,1 +1,1 @@
-"""What is measured on a model: calibration, robustness, and how it attends."""
+"""Measurements on a model: calibration, adversarial robustness, attention statistics and gradient noise."""

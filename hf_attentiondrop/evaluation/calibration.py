@@ -1,9 +1,9 @@
-"""How far a model's probabilities can be trusted: calibration errors, proper scores, and temperature scaling.
+"""Calibration of a model's probabilities: calibration errors, proper scoring rules and temperature scaling.
 
-Every metric takes `logits` `(..., C)` with `labels` `(...)`, or the [`ItemScores`] that such a batch was reduced to.
-Items labelled -100 count for nothing.
+Every metric takes `logits` `(..., C)` with `labels` `(...)`, or [`ItemScores`] computed from them. Items with label
+-100 are ignored.
 
-A language model's logits are too large to keep. They are reduced batch by batch, and the Trainer collects the rest:
+A language model's logits are too large to keep. Reduce them batch by batch, and the Trainer gathers the scores:
 
     def preprocess_logits_for_metrics(logits, labels):
         return vars(score_items(logits[:, :-1], labels[:, 1:]))
@@ -25,20 +25,20 @@ from .items import ItemScores, check_not_empty, score_items, select_items
 logger = logging.getLogger(__name__)
 
 BINNINGS = ("equal_width", "equal_mass")
-# Beyond these temperatures the probabilities are those of a vote, or of chance.
+# Outside these temperatures the probabilities are practically one-hot or uniform.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 MAX_STEPS = 100
 
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """The bins that hold an item, from the least to the most confident.
+    """The non-empty bins, in order of confidence.
 
     Args:
-        lower, upper (`torch.Tensor` of shape `(bins,)`): where a bin begins and ends.
+        lower, upper (`torch.Tensor` of shape `(bins,)`): the edges of each bin.
         count (`torch.Tensor`): number of items.
-        confidence (`torch.Tensor`): mean confidence.
-        accuracy (`torch.Tensor`): share of right predictions.
+        confidence (`torch.Tensor`): mean confidence, in (0, 1].
+        accuracy (`torch.Tensor`): fraction of correct predictions, in [0, 1].
     """
 
     lower: Tensor
@@ -49,17 +49,17 @@ class ReliabilityBins:
 
     @property
     def gap(self) -> Tensor:
-        """Distance of accuracy from confidence in each bin."""
+        """Distance between accuracy and confidence in each bin."""
         return (self.accuracy - self.confidence).abs()
 
     @property
     def expected_error(self) -> float:
-        """Mean over the items of the gap of their bin."""
+        """Mean gap of the bins, weighted by their number of items."""
         return ((self.count * self.gap).sum() / self.count.sum()).item()
 
     @property
     def maximum_error(self) -> float:
-        """The largest gap. That of a bin with few items is large by chance: see `maximum_error_items`."""
+        """The largest gap. In a bin with few items it is large by chance: see `maximum_error_items`."""
         return self.gap.max().item()
 
     @property
@@ -72,26 +72,28 @@ def _as_scores(logits: Tensor | ItemScores, labels: Tensor | None) -> ItemScores
     if isinstance(logits, ItemScores):
         return logits
     if labels is None:
-        raise ValueError("Expected `labels` beside the logits, got None: only `ItemScores` know their labels already.")
+        raise ValueError(
+            "Expected `labels` with the logits, got None: only `ItemScores` already include their labels."
+        )
     return score_items(logits, labels)
 
 
 def reliability(
     logits: Tensor | ItemScores, labels: Tensor | None = None, num_bins: int = 15, binning: str = "equal_width"
 ) -> ReliabilityBins:
-    """Confidence and accuracy of the items, in bins by confidence.
+    """Bins the items by confidence.
 
     Args:
         logits (`torch.Tensor` of shape `(..., C)` or [`ItemScores`]): the items.
-        labels (`torch.Tensor` of shape `(...)`, *optional*): labels of the logits.
+        labels (`torch.Tensor` of shape `(...)`, *optional*): required with logits.
         num_bins (`int`, defaults to 15): number of bins, at least 1.
         binning (`str`, defaults to `"equal_width"`):
-            With `"equal_width"` bin `b` is [b / num_bins, (b + 1) / num_bins). A confidence of exactly 1 lies beyond
-            the last of them and has a bin of its own, as in torchmetrics. With `"equal_mass"` the bins hold equally
-            many items, as far as items of equal confidence, which share a bin, allow.
+            `"equal_width"`: bin `b` is [b / num_bins, (b + 1) / num_bins); a confidence of exactly 1 has a separate
+            bin, as in torchmetrics. `"equal_mass"`: bins with equal numbers of items, except that items of equal
+            confidence share a bin.
 
     Raises:
-        ValueError: for fewer than one bin, an unknown binning, no item, and by [`select_items`].
+        ValueError: for fewer than one bin, an unknown binning or no items, and see [`select_items`].
     """
     if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
         raise ValueError(f"`num_bins` must be an integer of at least 1, got {num_bins!r}: every item needs a bin.")
@@ -119,9 +121,9 @@ def reliability(
 def expected_calibration_error(
     logits: Tensor | ItemScores, labels: Tensor | None = None, num_bins: int = 15, binning: str = "equal_width"
 ) -> float:
-    """Mean over the items of the distance between confidence and accuracy in their bin, in [0, 1].
+    """Mean distance between confidence and accuracy over the bins, weighted by items, in [0, 1].
 
-    Args and errors are those of [`reliability`].
+    Arguments and errors are those of [`reliability`].
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3.
 
@@ -139,10 +141,10 @@ def maximum_calibration_error(
 ) -> float:
     """The largest distance between confidence and accuracy in a bin, in [0, 1].
 
-    Every bin counts, however few items it holds, so that one unlucky item alone in its bin decides. Look at
-    `reliability(...).maximum_error_items`, and take fewer bins, or bins of equal mass, where it is small.
+    Bins count regardless of their size, so a bin with one misclassified item can dominate. Check
+    `reliability(...).maximum_error_items`, and use fewer bins or bins of equal mass if it is small.
 
-    Args and errors are those of [`reliability`].
+    Arguments and errors are those of [`reliability`].
 
     Source: arXiv 1706.04599, equation 5.
     """
@@ -150,21 +152,21 @@ def maximum_calibration_error(
 
 
 def negative_log_likelihood(logits: Tensor | ItemScores, labels: Tensor | None = None) -> float:
-    """Mean over the items of `-log p(label)`, in nats: the cross entropy.
+    """Mean of `-log p(label)`, in nats: the cross-entropy.
 
     Raises:
-        ValueError: for no item, and by [`select_items`].
+        ValueError: for no items, and see [`select_items`].
     """
     return _as_scores(logits, labels).of_labelled("nll").double().mean().item()
 
 
 def brier_score(logits: Tensor | ItemScores, labels: Tensor | None = None) -> float:
-    """Mean over the items of `Σ_c (p_c - [c is the label])²`, in [0, 2].
+    """Mean of `Σ_c (p_c - [c is the label])²`, in [0, 2].
 
-    The sum over all classes is Brier's own convention. With two classes it is twice that of the common binary one.
+    The sum over all classes is Brier's convention; with two classes it is twice the common binary score.
 
     Raises:
-        ValueError: for no item, and by [`select_items`].
+        ValueError: for no items, and see [`select_items`].
 
     Source: Brier 1950, "Verification of Forecasts Expressed in Terms of Probability", equation 2.
     """
@@ -174,13 +176,13 @@ def brier_score(logits: Tensor | ItemScores, labels: Tensor | None = None) -> fl
 def calibration_metrics(
     logits: Tensor | ItemScores, labels: Tensor | None = None, num_bins: int = 15
 ) -> dict[str, float]:
-    """All metrics of this module at once.
+    """All metrics of this module.
 
-    Args and errors are those of [`reliability`].
+    Arguments and errors are those of [`reliability`].
 
     Returns:
         `dict`: `expected_calibration_error`, `expected_calibration_error_equal_mass`, `maximum_calibration_error` (of
-        equal width), `maximum_calibration_error_items`, the number of items in the bin with that error,
+        equal width), `maximum_calibration_error_items` (the number of items in that bin),
         `negative_log_likelihood` and `brier_score`.
     """
     scores = _as_scores(logits, labels)
@@ -198,13 +200,13 @@ def calibration_metrics(
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature `T` for which `logits / T` have the least negative log-likelihood.
+    """The temperature `T` that minimizes the negative log-likelihood of `logits / T`.
 
-    Fit it on a validation split and report metrics on another one: on its own split it flatters the model. It changes
-    no prediction. The likelihood is convex in `1 / T`, and Newton's method in a shrinking bracket finds its minimum in
-    float64. There is none inside [0.01, 100] where every label has the highest logit (sharper is always better) or
-    where the logits say nothing about the labels; then the bound is returned, with a warning. Where the classes of
-    every item have the same logit any temperature does, and 1 is returned.
+    Fit it on a validation split and report metrics on another split: on the same split they are too optimistic. It
+    changes no prediction. The negative log-likelihood is convex in `1 / T`; Newton's method with bracketing finds the
+    minimum in float64. There is no minimum in [0.01, 100] if every label has the highest logit (sharper is always
+    better) or the logits carry no information about the labels; then the bound is returned, with a warning. If all
+    classes of every item have equal logits, any temperature is optimal, and 1 is returned.
 
     Args:
         logits (`torch.Tensor` of shape `(..., C)`): of validation items.
@@ -224,26 +226,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # sigmoid(4 / T) is 3 / 4
     3.641
     """
-    temperature = likeliest_temperature(logits, labels)
+    temperature = optimal_temperature(logits, labels)
     if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
         logger.warning(
-            f"The likelihood of these items has no minimum at temperatures between {MIN_TEMPERATURE} and "
-            f"{MAX_TEMPERATURE}, so {temperature} stands for it: either all predictions are right, or they are no "
-            "better than chance. Do not use it as a temperature; fit it on more, or harder, validation items."
+            f"The negative log-likelihood has no minimum at temperatures between {MIN_TEMPERATURE} and "
+            f"{MAX_TEMPERATURE}, so the bound {temperature} is returned: either all predictions are right, or they "
+            "are no better than chance. Do not use it as a temperature; fit on more, or harder, validation items."
         )
     return temperature
 
 
-def likeliest_temperature(logits: Tensor, labels: Tensor) -> float:
-    """[`fit_temperature`] without its warning, for those who look whether it is a bound."""
+def optimal_temperature(logits: Tensor, labels: Tensor) -> float:
+    """[`fit_temperature`] without its warning, for callers that check for the bounds."""
     logits, labels = select_items(logits, labels)
     check_not_empty(len(labels))
     logits, labels = logits.cpu().double(), labels.cpu()
-    # The distance of each logit from that of the label.
+    # The difference of each logit from the label's logit.
     distances = logits - logits.gather(-1, labels[:, None])
 
     def slope_and_curvature(inverse: float) -> tuple[float, float]:
-        """Of the likelihood, in `1 / T`."""
+        """Of the negative log-likelihood as a function of `1 / T`."""
         probabilities = (inverse * distances).softmax(-1)
         mean = (probabilities * distances).sum(-1, keepdim=True)
         return mean.mean().item(), (probabilities * (distances - mean).square()).sum(-1).mean().item()

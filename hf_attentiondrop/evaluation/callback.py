@@ -1,4 +1,4 @@
-"""The diagnostics of a training, while it runs."""
+"""A callback that logs diagnostics during training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,26 +14,25 @@ from .running import random_state_kept
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Logs how a model attends and how noisy its gradients are, every so many steps of a training.
+    """Logs attention statistics and gradient noise every few steps of a training run.
 
-    Logged beside the Trainer's own figures: `{stack}_entropy`, `{stack}_first_token_mass`, `{stack}_top_k_mass` and
-    `{stack}_total_mass`, means over layers and heads, where a stack is `attentions` or `encoder_attentions` and so on;
-    `gradient_variance` with two batches or more; and at the end of the training `gradient_norm_mean`,
-    `gradient_norm_variance` and `gradient_norm_spikes`, over the norms that the Trainer logged: with
-    `logging_steps=1` those of all steps.
+    Adds to the Trainer's logs: `{stack}_entropy`, `{stack}_first_token_mass`, `{stack}_top_k_mass` and
+    `{stack}_total_mass`, means over layers and heads, where `stack` is `attentions`, `encoder_attentions` and so on;
+    `gradient_variance` if asked for; and at the end `gradient_norm_mean`, `gradient_norm_variance` and
+    `gradient_norm_spikes` over the norms that the Trainer logged: those of all steps with `logging_steps=1`.
 
-    The cost of every measurement is a forward pass of each batch with materialised attention, and for the variance
-    a forward and backward pass of each and memory for two gradients. The gradient norms cost nothing. The training
-    itself does not change: weights, buffers and random states are left as they were.
+    A measurement costs a forward pass of each batch with materialized attention weights; the variance costs another
+    forward and backward pass of each batch, and memory for two gradients. Gradient norms are free. Training does not
+    change: weights, buffers and random states are restored.
 
     Args:
-        trainer: the Trainer to log through.
-        batches: batches with labels, on which every measurement is made.
-        every: optimizer steps from one measurement to the next, at least 1.
-        with_gradients: whether to measure the variance of gradients, too.
+        trainer ([`~transformers.Trainer`]): to log through.
+        batches (`Sequence[Mapping[str, Any]]`): batches with labels to measure on.
+        every (`int`, defaults to 100): optimizer steps between measurements, at least 1.
+        with_gradients (`bool`, defaults to `False`): whether to measure the variance of gradients.
 
     Raises:
-        ValueError: for no batches, or an `every` below 1.
+        ValueError: for too few batches, or an `every` below 1.
 
     Example:
 
@@ -54,8 +53,7 @@ class DiagnosticsCallback(TrainerCallback):
             raise ValueError(f"`every` must be an integer >= 1, got {every!r}. It counts steps between measurements.")
         if len(batches) < (2 if with_gradients else 1):
             raise ValueError(
-                f"DiagnosticsCallback needs a batch to measure on, and two for the variance of gradients; got "
-                f"{len(batches)}."
+                f"`batches` must contain a batch to measure on, two for the variance of gradients, got {len(batches)}."
             )
         self.trainer, self.batches = trainer, batches
         self.every, self.with_gradients = every, with_gradients
@@ -70,7 +68,7 @@ class DiagnosticsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         norm = float((logs or {}).get("grad_norm", math.nan))
-        if math.isfinite(norm):  # Loss scaling skips steps whose gradients overflow.
+        if math.isfinite(norm):  # Loss scaling skips steps with overflowing gradients.
             self.norms.append(norm)
 
     def on_step_end(
@@ -84,7 +82,7 @@ class DiagnosticsCallback(TrainerCallback):
         if state.global_step % self.every == 0:
             is_due = control.should_log
             self.trainer.log(self._measure(self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)))
-            control.should_log = is_due  # The Trainer took this log for its own.
+            control.should_log = is_due  # trainer.log reset it.
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

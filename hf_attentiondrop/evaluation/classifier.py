@@ -1,4 +1,4 @@
-"""A classifier as a whole: accuracy, calibration, robustness and attention, as figures and as pictures."""
+"""Accuracy, calibration, robustness and attention of a classifier, as metrics and as plots."""
 
 import inspect
 import logging
@@ -19,7 +19,7 @@ from .calibration import (
     ReliabilityBins,
     calibration_metrics,
     fit_temperature,
-    likeliest_temperature,
+    optimal_temperature,
     reliability,
 )
 from .diagnostics import AttentionStatistics, attention_statistics
@@ -31,23 +31,23 @@ from .running import check_batches, first_samples, mode, random_state_kept, to_d
 logger = logging.getLogger(__name__)
 
 PLOTS_FOLDER = "plots"
-# Attention weights are large, and their means settle soon.
+# Attention weights are large, and their means converge quickly.
 ATTENTION_SAMPLES = 128
 PIXEL_EPSILON = 8 / 255
-# Shares of the largest perturbation.
-STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+# Fractions of the largest epsilon.
+EPSILON_FRACTIONS = (0.0, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class ClassifierEvaluation:
-    """What was measured of a classifier.
+    """Measurements of a classifier.
 
     Args:
-        metrics: all figures, in JSON types: `accuracy`, `samples`, `calibration`, and where they were measured
-            `robustness` and `attention`.
+        metrics: all metrics, in JSON types: `accuracy`, `samples`, `calibration`, and if measured, `robustness` and
+            `attention`.
         bins: confidence and accuracy of the samples.
-        curves: robust accuracy by epsilon, by the name of the attack; empty without attacks.
-        attention: statistics by stack; empty where the model shows no weights.
+        curves: name of the attack to robust accuracies, by epsilon; empty without attacks.
+        attention: stack to statistics; empty if the model returns no attention weights.
     """
 
     metrics: dict[str, Any]
@@ -64,27 +64,28 @@ def evaluate_classifier(
     normalization: Normalization | None = None,
     seed: int = 0,
 ) -> ClassifierEvaluation:
-    """Measures a classifier of images or texts on labelled data, in evaluation mode.
+    """Measures an image or text classifier on labelled data, in evaluation mode.
 
-    Calibration after temperature scaling is cross-fitted: the temperature of every other sample comes from those
-    between them, so that no sample is measured at a temperature that it helped to find. The reported temperature is
-    that of all samples. Both are left out where a half of the samples has no best temperature.
+    Calibration after temperature scaling is cross-fitted: the temperature for the even samples is fitted on the odd
+    ones and vice versa, so no sample is measured at a temperature that it was used to fit. The reported temperature is
+    fitted on all samples. Both are omitted if a half of the samples has no optimal temperature.
 
-    Attention is measured on the first 128 samples, whatever the size of a batch.
+    Attention is measured on the first 128 samples, regardless of the batch size.
 
-    Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: of images up to 8/255 of the
-    pixel range, of texts up to a tenth of the standard deviation of the embeddings.
+    Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: up to 8/255 of the pixel
+    range for images, up to a tenth of the standard deviation of the embeddings for texts.
 
     Args:
-        model: a Transformers model with one label per sample, or a wrapper around one.
-        batches: inputs with `labels`, which can be gone through more than once, such as a `DataLoader`.
-        attacked_samples: how many samples to attack, the first ones; 0 for none. An attack takes some 35 forward and
-            backward passes for each of three epsilons.
-        normalization: of the images, which attacks need.
-        seed: of the random starts; torch's random state is left as it was.
+        model (`torch.nn.Module`): a Transformers model with one label per sample, or a wrapper around one.
+        batches (`Iterable[Mapping[str, Any]]`): inputs with `labels`; a re-iterable, such as a `DataLoader`.
+        attacked_samples (`int`, defaults to 0):
+            Number of samples to attack, the first ones. Each takes about 35 forward and backward passes for each of
+            three epsilons.
+        normalization (`Normalization`, *optional*): of the images; required to attack images.
+        seed (`int`, defaults to 0): of the random starts; torch's random state does not change.
 
     Raises:
-        ValueError: for no data, labels or logits that do not fit, and as [`~evaluation.adversarial.attack_batch`].
+        ValueError: for no data, unsuitable labels or logits, and see [`~evaluation.adversarial.attack_batch`].
         TypeError: for a single batch, or an iterator.
     """
     check_batches(batches, many_times=True)
@@ -99,7 +100,7 @@ def evaluate_classifier(
         calibration["temperature"] = fit_temperature(logits, labels)
         calibration["after_temperature"] = calibration_metrics(scaled, labels)
     else:
-        logger.info("Temperature scaling is left out: a half of the samples has no best temperature.")
+        logger.info("Temperature scaling is omitted: a half of the samples has no optimal temperature.")
     metrics = {**scores, "calibration": calibration}
     curves: dict[str, tuple[RobustAccuracy, ...]] = {}
     attention: dict[str, AttentionStatistics] = {}
@@ -115,7 +116,7 @@ def evaluate_classifier(
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Logits `(N, C)`, float32 at least, and labels `(N,)` of all batches, on the CPU.
+    """Logits `(N, C)` in float32 and labels `(N,)` of all batches, on the CPU.
 
     Raises:
         ValueError: for no batch, or batches without labels.
@@ -128,7 +129,7 @@ def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Ten
             inputs = to_device_of(model, batch)
             labels = inputs.pop("labels", None)
             if labels is None:
-                raise ValueError(f"A batch must hold `labels` to measure against, got {sorted(batch)}.")
+                raise ValueError(f"A batch must contain `labels`, got {sorted(batch)}.")
             outputs = model(**inputs)
             parts.append((outputs.logits.float().cpu(), labels.cpu()))
     if not parts:
@@ -138,13 +139,15 @@ def predict(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[Ten
 
 
 def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Logits `(N, C)` over temperatures that each half of the samples, the even and the odd, lends to the other;
-    `None` where a half has no best temperature."""
+    """Logits `(N, C)` divided by temperatures: those of the even samples fitted on the odd ones, and vice versa.
+
+    `None` if a half has no optimal temperature.
+    """
     is_wrong = logits.argmax(-1) != labels
-    # Where nothing is wrong no temperature is cold enough.
+    # Without errors, a lower temperature is always better.
     if not (is_wrong[::2].any() and is_wrong[1::2].any()):
         return None
-    of_even, of_odd = (likeliest_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
+    of_even, of_odd = (optimal_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
     if not all(MIN_TEMPERATURE < temperature < MAX_TEMPERATURE for temperature in (of_even, of_odd)):
         return None
     scaled = logits.clone()
@@ -159,16 +162,19 @@ def save_plots(
     attention: Mapping[str, AttentionStatistics] | None = None,
     log_history: Sequence[Mapping[str, float]] = (),
 ) -> list[Path]:
-    """Draws what there is to draw into `plots` in a folder: reliability, robustness, attention, training.
+    """Saves plots of reliability, robustness, attention and training, as far as they are given, in `folder/plots`.
 
     Args:
-        folder: where the folder `plots` is, or will be.
-        evaluation: of a classifier.
-        attention: statistics by stack, for a model that is none.
-        log_history: what the Trainer logged.
+        folder (`str` or `Path`): the parent of `plots`.
+        evaluation ([`ClassifierEvaluation`], *optional*): of a classifier.
+        attention (`Mapping[str, AttentionStatistics]`, *optional*): by stack, for a model that is not a classifier.
+        log_history (`Sequence[Mapping[str, float]]`): `trainer.state.log_history`.
+
+    Returns:
+        `list[Path]`: the saved files.
 
     Raises:
-        ImportError: where matplotlib is missing.
+        ImportError: if matplotlib is missing.
     """
     from ..evaluation import plots
 
@@ -216,7 +222,7 @@ def _attacked(
     for name, attack in attacks.items():
         with random_state_kept(model):
             torch.manual_seed(seed)
-            epsilons = [share * epsilon for share in STRENGTHS]
+            epsilons = [fraction * epsilon for fraction in EPSILON_FRACTIONS]
             attacked = _attackable(model, first_samples(batches, samples))
             curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]
@@ -230,10 +236,9 @@ def _attacked(
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Batches of texts of one length for models that look for padding among the tokens.
+    """Batches of texts of equal length for models that search the token ids for padding.
 
-    Classifiers on decoders classify by the last token before the padding, which an attack cannot show them, since it
-    gives them embeddings.
+    Decoder classifiers use the last token before the padding, and an attack passes embeddings instead of token ids.
     """
     looks_for_padding = "pad_token_id" in inspect.getsource(type(transformers_model(model)).forward)
     for batch in batches:
@@ -245,7 +250,7 @@ def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Itera
 
 
 def _by_length(batch: Mapping[str, Any], mask: Tensor) -> Iterator[dict[str, Any]]:
-    """The samples of a batch without their padding, those of one length together."""
+    """Splits a batch by text length, and removes the padding."""
     lengths = mask.sum(dim=-1)
     for length in lengths.unique():
         rows = lengths == length

@@ -1,4 +1,4 @@
-"""How a model attends: statistics of its attention weights, head by head."""
+"""Statistics of attention weights, per head."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from .running import check_batches, mode, to_device_of
 
 
 SHOWS_WEIGHTS = ("eager", *FUNCTIONS)
-# The masks that tell the real queries and keys of the weights that a model's output names.
+# Field of the model output -> the masks that mark its queries and keys that are not padding.
 MASKS = {
     "attentions": ("attention_mask", "attention_mask"),
     "encoder_attentions": ("attention_mask", "attention_mask"),
@@ -28,20 +28,21 @@ MASKS = {
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """How the heads of one stack attend, each value a mean over real queries; tensors are `(layers, heads)`, float64,
-    NaN for heads that a layer does not have.
+    """Attention statistics of one stack of layers, as means over all queries that are not padding.
+
+    Tensors are `(layers, heads)`, float64, with NaN for heads that a layer does not have.
 
     Args:
-        entropy: of the weights over the keys, in nats: 0 looks at one key, `log K` at all `K` alike.
-        first_token_mass: share of the weight that the first key gets, padding left out, in [0, 1].
+        entropy: of the weights over the keys, in nats: 0 for a single key, `log K` for uniform attention to `K` keys.
+        first_token_mass: share of the weight on the first key that is not padding, in [0, 1].
         top_k_mass: share of the `top_k` largest weights, in [0, 1].
-        total_mass: sum of the weights: 1 under softmax, less beside a learned sink, the moving average of the scales
+        total_mass: sum of the weights: 1 under softmax, less with a learned sink, the moving average of the scales
             under affine scaling.
-        uniform_entropy: `(layers,)`, the entropy of attention spread evenly over the keys that each query sees, those
-            that some head gives a weight: what `entropy` is at most.
-        top_k: how many weights `top_k_mass` counts.
-        queries: how many queries the means of the first layer are over.
-        samples: how many samples those are of.
+        uniform_entropy: `(layers,)`, the entropy of uniform attention to the visible keys of each query, which are
+            those with a nonzero weight in some head: the upper bound of `entropy`.
+        top_k: number of weights in `top_k_mass`.
+        queries: number of queries in the means of the first layer.
+        samples: number of samples that they come from.
     """
 
     entropy: Tensor
@@ -54,11 +55,11 @@ class AttentionStatistics:
     samples: int
 
     def means(self) -> dict[str, float]:
-        """Every statistic as its mean over layers and heads."""
+        """The mean of every statistic over layers and heads."""
         return {name: getattr(self, name).nanmean().item() for name in MEASURES}
 
     def metrics(self) -> dict[str, float]:
-        """The means, with the number of samples as `samples`."""
+        """The means, and the number of samples as `samples`."""
         return {**self.means(), "samples": self.samples}
 
 
@@ -68,27 +69,26 @@ MEASURES = ("entropy", "first_token_mass", "top_k_mass", "total_mass")
 def attention_statistics(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, top_k: int = 5
 ) -> dict[str, AttentionStatistics]:
-    """Measures how a model attends, in evaluation mode, head by head.
+    """Measures attention statistics in evaluation mode, per head.
 
-    Weights of learned methods may be negative and sum to anything; shares and entropy are those of their absolute
-    values, brought to a sum of 1. Padding asks nothing: only the queries that a two-dimensional attention mask of the
-    batch shows count, and all of them where there is none.
+    Learned methods can produce negative weights with any sum; shares and entropy are those of the absolute values,
+    normalized to a sum of 1. Padding queries are left out if the batch has a two-dimensional attention mask.
 
-    The cost is a forward pass of each batch with materialised attention, `B·H·Q·K` weights per layer.
+    The cost is a forward pass of each batch with materialized attention, `B·H·Q·K` weights per layer.
 
     Args:
-        model: a Transformers model, or a wrapper around one.
-        batches: keyword arguments of its forward pass, batch by batch.
-        top_k: how many of the largest weights `top_k_mass` counts, at least 1.
+        model (`torch.nn.Module`): a Transformers model, or a wrapper around one.
+        batches (`Iterable[Mapping[str, Any]]`): keyword arguments of its forward pass.
+        top_k (`int`, defaults to 5): number of the largest weights in `top_k_mass`, at least 1.
 
     Returns:
-        The statistics by stack, under the name that the model's output has for its weights: `"attentions"`, or
+        `dict[str, AttentionStatistics]`: by stack, with the keys of the model output: `"attentions"`, or
         `"encoder_attentions"`, `"decoder_attentions"` and `"cross_attentions"`.
 
     Raises:
-        ValueError: for no batch, weights that the model does not return or that are not finite, masks that do not
-            fit, or a `top_k` below 1.
-        TypeError: for a single batch in place of several.
+        ValueError: for no batch, attention weights that are not returned or not finite, masks of another shape, or a
+            `top_k` below 1.
+        TypeError: for a single batch instead of several.
 
     Example:
 
@@ -99,7 +99,9 @@ def attention_statistics(
     torch.Size([2, 4])
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"`top_k` must be an integer >= 1, got {top_k!r}. It counts the largest weights of a query.")
+        raise ValueError(
+            f"`top_k` must be an integer >= 1, got {top_k!r}. It is the number of largest weights per query."
+        )
     check_batches(batches)
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, Tensor] = {}
@@ -116,11 +118,11 @@ def attention_statistics(
                 sums[name] = [total + sum_ for total, (sum_, _) in zip(previous, measured, strict=True)]
                 counts[name] = counts.get(name, 0) + count
     if not any(count.any() for count in counts.values()):
-        raise ValueError("There is nothing to measure: expected at least one batch with a query that is no padding.")
+        raise ValueError("Expected at least one batch with a query that is not padding: there is nothing to measure.")
     statistics = {}
     for name, totals in sums.items():
         means = [total / count for total, count in zip(totals, counts[name], strict=True)]
-        # Layers of one stack may differ in their numbers of heads.
+        # The layers of a stack can differ in their numbers of heads.
         measures = pad_sequence([mean.mT for mean in means], batch_first=True, padding_value=math.nan)
         entropy, first_token_mass, top_k_mass, total_mass, uniform_entropy = measures.unbind(-1)
         queries = int(counts[name][0])
@@ -132,7 +134,7 @@ def attention_statistics(
 
 @contextmanager
 def _showing_weights(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with an attention that returns its weights."""
+    """Evaluation mode, with an attention implementation that returns its weights."""
     base = transformers_model(model)
     configs = {id(config): config for config in configs_of(base.config)}
     configs |= {id(module.config): module.config for _, module in attention_modules(base)}
@@ -153,18 +155,18 @@ def _attentions_of(model: nn.Module, outputs: Any) -> dict[str, tuple[Tensor, ..
     found = {name: layers for name, layers in found.items() if layers}
     if not found or any(weights is None for layers in found.values() for weights in layers):
         raise ValueError(
-            f"{type(transformers_model(model)).__name__} does not return attention weights for "
-            "output_attentions=True, so there is nothing to measure."
+            f"{type(transformers_model(model)).__name__} returns no attention weights for output_attentions=True, so "
+            "there is nothing to measure."
         )
     return found
 
 
 def _measure(name: str, weights: Tensor, batch: Mapping[str, Any], top_k: int) -> tuple[Tensor, int]:
-    """Sums of the measures over the real queries, `(5, heads)`, and how many queries those are."""
+    """Sums of the measures over queries that are not padding, `(5, heads)`, and the number of these queries."""
     if not weights.isfinite().all():
-        raise ValueError(f"`{name}` holds weights that are not finite: the model's outputs are broken already.")
+        raise ValueError(f"`{name}` contains weights that are not finite: the model's outputs are invalid.")
     queries, keys = (
-        _real_tokens(name, mask, batch, weights, dim) for mask, dim in zip(MASKS[name], (2, 3), strict=True)
+        _not_padding(name, mask, batch, weights, dim) for mask, dim in zip(MASKS[name], (2, 3), strict=True)
     )
     magnitude = weights.double().abs()
     shares = magnitude / magnitude.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -181,14 +183,14 @@ def _measure(name: str, weights: Tensor, batch: Mapping[str, Any], top_k: int) -
     return sums.cpu(), int(queries.sum())
 
 
-def _real_tokens(name: str, mask_name: str, batch: Mapping[str, Any], weights: Tensor, dim: int) -> Tensor:
-    """Which tokens on one side of the weights are no padding, `(B, Q)` or `(B, K)`."""
+def _not_padding(name: str, mask_name: str, batch: Mapping[str, Any], weights: Tensor, dim: int) -> Tensor:
+    """Whether each query `(B, Q)` or key `(B, K)` is not padding."""
     mask, shape = batch.get(mask_name), (weights.shape[0], weights.shape[dim])
     if mask is None or mask.dim() != 2:
         return torch.ones(shape, dtype=torch.bool, device=weights.device)
     if mask.shape != shape:
         raise ValueError(
-            f"`{mask_name}` is {tuple(mask.shape)} and `{name}` are weights of {shape} tokens: which of them are "
-            "padding is unknown. Expected masks of the sequences that the model attends between, without a cache."
+            f"`{mask_name}` has shape {tuple(mask.shape)}, expected {shape} as in `{name}`: padding cannot be told "
+            "apart. Pass masks of the sequences that the model attends between, without a cache."
         )
     return mask.to(weights.device).bool()

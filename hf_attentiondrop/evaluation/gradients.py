@@ -1,4 +1,4 @@
-"""How noisy a model's gradients are."""
+"""Gradient noise and gradient norms."""
 
 import math
 from collections import deque
@@ -15,12 +15,12 @@ from .running import buffers_kept, check_batches, mode, to_device_of
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """How far the gradients of mini-batches lie from each other, at one state of the weights.
+    """The variance of mini-batch gradients at fixed weights.
 
     Args:
-        variance: trace of their covariance matrix, the unbiased mean of `||g - mean||²`.
-        mean_norm: norm of their mean.
-        batches: how many there were.
+        variance: trace of the covariance matrix, the unbiased mean of `||g - mean||²`.
+        mean_norm: norm of the mean gradient.
+        batches: number of mini-batches.
     """
 
     variance: float
@@ -30,13 +30,13 @@ class GradientNoise:
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """The gradient norms of a training.
+    """Statistics of the gradient norms of a training run.
 
     Args:
-        mean: their mean.
-        variance: their unbiased variance.
-        spikes: how many are more than `SPIKE_FACTOR` times the median of the `SPIKE_WINDOW` norms before them.
-        steps: how many norms there are.
+        mean: of the norms.
+        variance: of the norms, unbiased.
+        spikes: number of norms above `SPIKE_FACTOR` times the median of the previous `SPIKE_WINDOW` norms.
+        steps: number of norms.
     """
 
     mean: float
@@ -50,20 +50,20 @@ SPIKE_WINDOW = 20
 
 
 def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> GradientNoise:
-    """Measures the variance of mini-batch gradients in training mode, perturbations and dropout included.
+    """Measures the variance of mini-batch gradients in training mode, with perturbations and dropout.
 
-    The AttentionDrop paper reports about a tenth less of it (arXiv 2504.12088). Weights, their gradients, buffers and
-    modes stay as they were; draws come from torch's global generator.
+    The AttentionDrop paper reports about 10 % less of it (arXiv 2504.12088). Weights, gradients, buffers and modes do
+    not change; random numbers come from torch's global generator.
 
     The cost is a forward and backward pass of each batch, and memory for two more gradients.
 
     Args:
-        model: a model whose output has a `loss`.
-        batches: keyword arguments of its forward pass with labels, at least two.
+        model (`torch.nn.Module`): a model whose output has a `loss`.
+        batches (`Iterable[Mapping[str, Any]]`): keyword arguments of its forward pass with labels, at least two.
 
     Raises:
         ValueError: for fewer than two batches, no trainable weights, or a loss that is missing or not finite.
-        TypeError: for a single batch in place of several.
+        TypeError: for a single batch instead of several.
 
     Example:
 
@@ -76,7 +76,7 @@ def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Gr
     check_batches(batches)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError("The model has no weights to train, so it has no gradients: expected requires_grad on some.")
+        raise ValueError("Expected parameters with requires_grad=True, got none: there are no gradients to measure.")
     means = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     count, squares = 0, 0.0
     with mode(model, training=True), buffers_kept(model), torch.enable_grad():
@@ -86,22 +86,22 @@ def gradient_noise(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Gr
                 raise ValueError(f"Expected a finite loss from a batch with labels, got {loss!r}: it has no gradient.")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             count += 1
-            # Welford's update, in which nothing large is subtracted from something large.
+            # Welford's update avoids the cancellation of large sums of squares.
             for mean, gradient in zip(means, gradients, strict=True):
                 deviation = (0.0 if gradient is None else gradient.float()) - mean
                 mean += deviation / count
                 squares += (1 - 1 / count) * deviation.double().square().sum().item()
     if count < 2:
-        raise ValueError(f"The variance of gradients needs at least two batches, got {count}.")
+        raise ValueError(f"`batches` must contain at least two batches for a variance, got {count}.")
     mean_norm = math.sqrt(sum(mean.double().square().sum().item() for mean in means))
     return GradientNoise(squares / (count - 1), mean_norm, count)
 
 
 def gradient_norms(norms: Sequence[float]) -> GradientNorms:
-    """Summarises the gradient norms of training steps, as the affine paper does (arXiv 2602.23057).
+    """Summarizes the gradient norms of training steps as in the affine attention paper (arXiv 2602.23057).
 
     Args:
-        norms: one per step, in order, at least two.
+        norms (`Sequence[float]`): one per step, in order, at least two.
 
     Raises:
         ValueError: for fewer than two norms, or one that is not finite.

@@ -24,8 +24,8 @@ def convert_image(image: Image.Image, channels: int = 3) -> Image.Image:
 
     Example:
 
-    >>> grey = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
-    >>> np.asarray(convert_image(grey, channels=1)).tolist()
+    >>> gray = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
+    >>> np.asarray(convert_image(gray, channels=1)).tolist()
     [[0, 1, 255]]
     """
     if image.mode in ("I", "F"):

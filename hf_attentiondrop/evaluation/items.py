@@ -1,6 +1,6 @@
-"""The items of a classification, each reduced to what calibration metrics need to know of it.
+"""Classified items, reduced to the values that calibration metrics need.
 
-An item is one vector of logits with its label: a sample, or a token. Items labelled -100 count for nothing.
+An item is one vector of logits with its label: a sample, or a token. Items with label -100 are ignored.
 """
 
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from torch.nn.functional import cross_entropy
 
 
 IGNORE_INDEX = -100
-# Logits to work on at a time, in float32 at least.
+# Number of logits that are processed at a time, in at least float32.
 CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What the metrics need to know of each item, with -100 in every field of an item that has no label.
+    """The values of each item that the metrics need; all fields are -100 for items without a label.
 
-    The Trainer pads with the same number, so fields that it gathered and concatenated can be used as they are.
+    The Trainer also pads with -100, so fields that it gathered and concatenated can be used directly.
 
     Args:
         confidence (`torch.Tensor` of any shape): probability of the predicted class, in (0, 1].
-        is_correct (`torch.Tensor`): 1 where the prediction is the label, else 0.
+        is_correct (`torch.Tensor`): 1 if the prediction is the label, else 0.
         nll (`torch.Tensor`): negative log-likelihood of the label, in nats.
         brier (`torch.Tensor`): squared error of the probabilities, summed over the classes, in [0, 2].
     """
@@ -34,7 +34,7 @@ class ItemScores:
     brier: Tensor
 
     def of_labelled(self, name: str) -> Tensor:
-        """A field of the items that have a label, as a vector on the CPU.
+        """A field of the labelled items, as a vector on the CPU.
 
         Raises:
             ValueError: if no item has a label.
@@ -45,40 +45,40 @@ class ItemScores:
 
 
 def check_not_empty(num_items: int) -> None:
-    """Raises a `ValueError` where there is nothing to take the mean of."""
+    """Raises a `ValueError` if there are no items."""
     if num_items == 0:
         raise ValueError(
-            "Expected at least one item with a label, got none: a mean over nothing is not defined. Check that the "
-            f"set is not empty and not every label is {IGNORE_INDEX}."
+            "Expected at least one item with a label, got none: a mean over no items is undefined. Check that the "
+            f"data is not empty and not every label is {IGNORE_INDEX}."
         )
 
 
 def select_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
-    """The items that have a label, after a look at whether they can be right.
+    """Selects the labelled items and validates them.
 
     Args:
-        logits (`torch.Tensor` of shape `(..., C)`): of any floating type.
+        logits (`torch.Tensor` of shape `(..., C)`): of any floating-point dtype.
         labels (`torch.Tensor` of shape `(...)`): integers in [0, C), or `ignore_index`.
-        ignore_index (`int`, defaults to -100): label of the items to leave out, whatever their logits.
+        ignore_index (`int`, defaults to -100): label of the items to leave out.
 
     Returns:
         `tuple`: logits `(N, C)` and labels `(N,)`.
 
     Raises:
-        ValueError: for shapes or types that do not fit, labels outside [0, C), logits that are NaN or infinite, and
-            probabilities in place of logits.
+        ValueError: for invalid shapes or dtypes, labels outside [0, C), logits with NaN or infinity, and probabilities
+            instead of logits.
     """
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     if logits.dim() < 2 or logits.shape[-1] < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             "Expected `logits` of shape (..., C) with at least two classes and `labels` of shape (...), got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}: each item needs its own logits and one label. "
-            "Regression and several labels per item are not measured here."
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}: each item needs a vector of logits and one label. "
+            "Regression and multi-label classification are not supported."
         )
     if not logits.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
-            f"Expected floating `logits` and integer `labels`, got {logits.dtype} and {labels.dtype}: labels are "
-            "numbers of classes, and predicted classes do not tell how confident they are."
+            f"Expected floating-point `logits` and integer `labels`, got {logits.dtype} and {labels.dtype}: labels "
+            "are class numbers, and predicted classes carry no confidence."
         )
     is_labelled = labels != ignore_index
     logits, labels = logits[is_labelled], labels[is_labelled].to(logits.device, torch.int64)
@@ -87,17 +87,17 @@ def select_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDE
     if is_outside.any():
         raise ValueError(
             f"Expected labels in [0, {num_classes}), one per class of the logits, or {ignore_index} for items "
-            f"to leave out, got {labels[is_outside][0].item()}: the model gives that class no probability. "
-            "Check the model's `num_labels` and the order of its classes."
+            f"to leave out, got {labels[is_outside][0].item()}: the model has no probability for that class. Check "
+            "its `num_labels` and the order of its classes."
         )
     if not logits.isfinite().all():
         raise ValueError(
-            "Expected finite logits, got NaN or infinity: their probabilities are not defined. Look for an overflow "
-            "in half precision or a training run that diverged, and put a large negative number in place of -inf."
+            "Expected finite logits, got NaN or infinity: their probabilities are undefined. Look for an overflow in "
+            "half precision or a diverged training run, and replace -inf with a large negative number."
         )
     if len(logits) and _are_probabilities(logits):
         raise ValueError(
-            "Expected logits, got what look like probabilities: no number is negative and every row sums to 1. "
+            "Expected logits, got values that look like probabilities: all are non-negative and every row sums to 1. "
             "A second softmax would flatten them and make every metric wrong. Pass the model's logits, or the "
             "logarithm of the probabilities."
         )
@@ -107,32 +107,32 @@ def select_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDE
 def _are_probabilities(rows: Tensor) -> bool:
     if (rows < 0).any():
         return False
-    tolerance = max(1e-4, torch.finfo(rows.dtype).eps)  # rounded to bfloat16, they sum to 1 roughly
+    tolerance = max(1e-4, torch.finfo(rows.dtype).eps)  # rounded to bfloat16, their sum is only close to 1
     if _are_decimals(rows):
-        tolerance += min(0.005 * rows.shape[-1], 0.05)  # each number by half a hundredth
+        tolerance += min(0.005 * rows.shape[-1], 0.05)  # each is off by up to 0.005
     return ((rows.sum(-1, dtype=torch.float32) - 1).abs() < tolerance).all().item()
 
 
 def _are_decimals(rows: Tensor) -> bool:
-    """Whether every number was rounded to four decimals or fewer, as someone rounds probabilities.
+    """Whether all numbers are rounded to at most four decimals, as probabilities often are.
 
-    Of computed logits it is not true: one in 250 floats lies so near to such a number, and here all do, of every
-    item. So a wider tolerance for those numbers takes no logits for probabilities.
+    Computed logits are not: one float in 250 is this close to such a number, and here all are. So the wider tolerance
+    does not take logits for probabilities.
     """
     scaled = rows.double() * 1e4
     return rows.dtype in (torch.float32, torch.float64) and ((scaled - scaled.round()).abs() < 2e-3).all().item()
 
 
 def score_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> ItemScores:
-    """Reduces the logits of each item to what the metrics need, some items at a time.
+    """Reduces the logits of each item to the values that the metrics need, in chunks of items.
 
     Args:
-        logits (`torch.Tensor` of shape `(..., C)`): scored in float32 at least.
+        logits (`torch.Tensor` of shape `(..., C)`): scored in at least float32.
         labels (`torch.Tensor` of shape `(...)`): integers in [0, C), or `ignore_index`.
         ignore_index (`int`, defaults to -100): label of the items to leave out.
 
     Returns:
-        [`ItemScores`]: with fields of the shape of the labels. A batch without any label is no error here.
+        [`ItemScores`]: with fields of the shape of the labels. A batch without labelled items is allowed.
 
     Raises:
         ValueError: see [`select_items`].

@@ -1,4 +1,4 @@
-"""Where a perturbation lives, and how the model is given it: the pixels of images, the embeddings of texts."""
+"""The spaces in which inputs are perturbed: pixels of images, embeddings of texts."""
 
 import inspect
 import math
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from ..attention.parts import transformers_model
 
 
-# Half a grey level of an 8-bit image: what rounding to half precision may shift a pixel by.
+# Half a gray level of an 8-bit image: the rounding error of a pixel in half precision.
 PIXEL_TOLERANCE = 0.5 / 255
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """How pixels in [0, 1] became the model's `pixel_values`: `(pixel - mean) / std`, channel by channel.
+    """The normalization from pixels in [0, 1] to `pixel_values`: `(pixel - mean) / std` in each channel.
 
     Args:
-        mean (`tuple[float, ...]`, defaults to `(0.0,)`): one value per channel, or one for all.
-        std (`tuple[float, ...]`, defaults to `(1.0,)`): likewise, above 0.
+        mean (`tuple[float, ...]`, defaults to `(0.0,)`): one value per channel, or one for all channels.
+        std (`tuple[float, ...]`, defaults to `(1.0,)`): likewise, positive.
 
     Raises:
-        ValueError: for values that are not finite, a `std` that is not positive, and lengths that differ.
+        ValueError: for values that are not finite, a `std` that is not positive, and different lengths.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -37,19 +37,19 @@ class Normalization:
         is_finite = all(map(math.isfinite, self.mean + self.std))
         if not is_finite or min(self.std, default=0) <= 0 or len(self.mean) != len(self.std):
             raise ValueError(
-                f"Normalization: `mean` and `std` must hold one finite number per channel each, `std` above 0, got "
+                f"Normalization: `mean` and `std` must have one finite number per channel, `std` positive, got "
                 f"mean={self.mean}, std={self.std}."
             )
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Normalization":
-        """Reads it off a Transformers image processor, or a processor that holds one.
+        """The normalization of a Transformers image processor, or of a processor that contains one.
 
-        One that does not rescale is taken to get pixels in [0, 1], one that does to get 0 … 255.
+        Its inputs are assumed to be in 0 … 255 if it rescales them, and in [0, 1] if it does not.
 
         Raises:
-            TypeError: if there is no image processor in `processor`.
-            ValueError: for one that does more to a pixel than scale and normalise it.
+            TypeError: if `processor` contains no image processor.
+            ValueError: if it does more than rescale and normalize pixels.
 
         Example:
 
@@ -60,14 +60,14 @@ class Normalization:
         processor = getattr(processor, "image_processor", processor)
         if not hasattr(processor, "image_mean"):
             raise TypeError(
-                f"Expected an image processor of Transformers, got {type(processor).__name__}: it does not say how it "
-                "normalises pixels. Give Normalization(mean=..., std=...)."
+                f"Expected a Transformers image processor, got {type(processor).__name__}, which has no `image_mean`. "
+                "Pass Normalization(mean=..., std=...)."
             )
         for name in ("offset", "rescale_offset", "include_top"):
             if getattr(processor, name, False):
                 raise ValueError(
-                    f"{type(processor).__name__} has {name}=True: it shifts or normalises pixels once more than its "
-                    "mean and std say. Give Normalization(mean=..., std=...) for what it does in all."
+                    f"{type(processor).__name__} has {name}=True: it shifts or normalizes pixels beyond its mean and "
+                    "std. Pass Normalization(mean=..., std=...) for both steps together."
                 )
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         white = 255 * processor.rescale_factor if processor.do_rescale else 1.0
@@ -79,14 +79,14 @@ def _per_channel(values: float | Sequence[float]) -> Sequence[float]:
 
 
 class Space(NamedTuple):
-    """Where the perturbations of a batch of `B` samples live.
+    """The space of perturbations of a batch of `B` samples.
 
     Attributes:
-        zero: no perturbation, `(B, ...)`, float32 at least.
-        is_free: 1 for a value that may change, else 0, of the same shape.
-        clip: cuts a perturbation to what is valid.
-        clean: the model's inputs as they came.
-        inputs: the model's inputs under a perturbation.
+        zero: the zero perturbation, `(B, ...)`, in at least float32.
+        is_free: 1 for values that may change, else 0, of the same shape.
+        clip: from a perturbation to a valid one.
+        clean: the unperturbed inputs of the model.
+        inputs: from a perturbation to the inputs of the model.
     """
 
     zero: Tensor
@@ -117,21 +117,22 @@ def check_attackable(model: nn.Module) -> None:
 
 
 def pixel_space(model: nn.Module, inputs: dict[str, Any], normalization: Normalization | None) -> Space:
-    """Images: perturbations in units of pixels in [0, 1], where the perturbed pixels stay.
+    """Images: perturbations in units of pixels in [0, 1]; perturbed pixels stay in [0, 1].
 
     Raises:
-        ValueError: without a normalization, with one that does not fit, and for values that are no images.
+        ValueError: for a missing or unsuitable normalization, and for values that are not images.
     """
     values = inputs["pixel_values"]
     if normalization is None:
         raise ValueError(
-            "Images are perturbed as pixels in [0, 1], and `pixel_values` do not say how they were normalised. Give "
-            "`normalization`: Normalization.from_processor(processor), or Normalization() if they are such pixels."
+            "Images are perturbed as pixels in [0, 1], and the normalization of `pixel_values` is unknown. Pass "
+            "`normalization`: Normalization.from_processor(processor), or Normalization() for pixels in [0, 1]."
         )
     if values.dim() < 4 or len(normalization.mean) not in (1, values.shape[-3]):
         raise ValueError(
             f"`pixel_values` must be images (B, ..., channels, height, width) with {len(normalization.mean)} channels "
-            f"as in {normalization}, got shape {tuple(values.shape)}: their pixels cannot be told."
+            f"as in {normalization}, got shape {tuple(values.shape)}: the normalization cannot be undone. Pass the "
+            "one that the images were normalized with."
         )
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     values = values.to(torch.promote_types(dtype, torch.float32))
@@ -140,9 +141,9 @@ def pixel_space(model: nn.Module, inputs: dict[str, Any], normalization: Normali
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
         raise ValueError(
-            f"Undoing {normalization} gives pixels from {low:.4g} to {high:.4g}, expected [0, 1]: epsilon would mean "
-            "another size than it says. Give the mean and std that `pixel_values` were normalised with, in units of "
-            "pixels in [0, 1]."
+            f"Undoing {normalization} gives pixels from {low:.4g} to {high:.4g}, expected [0, 1]: epsilon would be in "
+            "other units. Pass the mean and std that `pixel_values` were normalized with, in units of pixels in "
+            "[0, 1]."
         )
     pixels.clamp_(0, 1)
 
@@ -150,7 +151,7 @@ def pixel_space(model: nn.Module, inputs: dict[str, Any], normalization: Normali
         return (pixels + perturbation).clamp(0, 1) - pixels
 
     def perturbed(perturbation: Tensor) -> dict[str, Any]:
-        # Added to what came instead of normalised anew, so that no perturbation is no change, to the last bit.
+        # Added to the given values rather than normalized again: a zero perturbation changes no bit.
         return {**inputs, "pixel_values": (values + perturbation / std).to(dtype)}
 
     zero = torch.zeros_like(pixels)
@@ -158,12 +159,12 @@ def pixel_space(model: nn.Module, inputs: dict[str, Any], normalization: Normali
 
 
 def embedding_space(model: nn.Module, inputs: dict[str, Any]) -> Space:
-    """Texts: perturbations of the embeddings of the tokens that `attention_mask` shows; padding stays as it is.
+    """Texts: perturbations of the embeddings of all tokens except padding.
 
-    What a model adds to its input embeddings itself, such as position embeddings, is added after the perturbation.
+    The model adds position embeddings and the like after the perturbation.
 
     Raises:
-        TypeError: if there is no Transformers model in `model`.
+        TypeError: if `model` contains no Transformers model.
         ValueError: if `attention_mask` is not `(B, length)`.
     """
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -171,7 +172,7 @@ def embedding_space(model: nn.Module, inputs: dict[str, Any]) -> Space:
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-            f"{tuple(mask.shape)}: it says which tokens are padding, to be left alone."
+            f"{tuple(mask.shape)}: it marks the padding, which is not perturbed."
         )
     embeddings = transformers_model(model).get_input_embeddings()(input_ids).detach()
     zero = torch.zeros_like(embeddings, dtype=torch.promote_types(embeddings.dtype, torch.float32))
@@ -181,5 +182,5 @@ def embedding_space(model: nn.Module, inputs: dict[str, Any]) -> Space:
     def perturbed(perturbation: Tensor) -> dict[str, Any]:
         return {**others, "inputs_embeds": (embeddings + perturbation).to(embeddings.dtype)}
 
-    # Any number is an embedding.
+    # All embeddings are valid.
     return Space(zero, is_free, lambda perturbation: perturbation, inputs, perturbed)

@@ -1,8 +1,8 @@
-"""Pictures of what was measured, 600 pixels wide: calibration, robustness, attention entropy, training.
+"""Plots of calibration, robustness, attention entropy and training, 600 pixels wide.
 
-Each function returns a `matplotlib.figure.Figure` of its own; pyplot and its state are not involved, and no backend is
-needed. `figure.savefig("name.png")` writes it. Colours are those of Okabe and Ito, and cividis, which people with any
-colour vision can tell apart; lines differ in their markers as well.
+Each function returns a new `matplotlib.figure.Figure`, without pyplot, its global state or a backend. Save it with
+`figure.savefig("name.png")`. The colors, Okabe-Ito and cividis, are safe for color-blind readers; lines also differ in
+their markers.
 """
 
 import math
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
 LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v"))
 INCHES, DOTS_PER_INCH = 6.0, 100
-# Where a bin is narrower, as that of confidence 1 is, its bar is drawn with this width.
+# The minimum width of a bar: the bin of confidence 1 has no width.
 MIN_BAR = 0.015
-# Normal quantile of a 95 % interval.
+# The normal quantile of a 95 % interval.
 QUANTILE = 1.959964
-# With more heads the numbers in the cells of a heat map would touch.
+# With more heads, the numbers in the cells of a heat map would overlap.
 MAX_NUMBERED_HEADS = 12
 
 
@@ -39,7 +39,7 @@ def _figure(height: float) -> "Figure":
 
 
 def _legend_below(figure: "Figure", axes: "Axes") -> None:
-    """A legend that covers no data."""
+    """Adds a legend below the plot, where it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -54,15 +54,15 @@ def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "F
 
     Args:
         bins ([`ReliabilityBins`]): see [`~evaluation.calibration.reliability`].
-        title (`str`, defaults to `"Reliability"`): what was measured.
+        title (`str`, defaults to `"Reliability"`): of the plot.
 
     Raises:
-        ImportError: where matplotlib is missing.
-        ValueError: where there is no bin.
+        ImportError: if matplotlib is missing.
+        ValueError: if all bins are empty.
     """
     count = np.asarray(bins.count)
     if count.sum() == 0:
-        raise ValueError("Expected bins with items, got none: there is nothing to draw.")
+        raise ValueError("Expected bins with items, got none: there is nothing to plot.")
     lower, width = np.asarray(bins.lower), np.maximum(np.asarray(bins.upper - bins.lower), MIN_BAR)
     confidence, accuracy = np.asarray(bins.confidence), np.asarray(bins.accuracy)
     figure = _figure(6.0)
@@ -73,12 +73,12 @@ def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "F
         lower, accuracy - confidence, width, confidence, align="edge", label="gap to confidence",
         facecolor="none", edgecolor=VERMILION, hatch="////", linewidth=0.8,
     )  # fmt: skip
-    above.plot((0, 1), (0, 1), "--", color=GREY, label="perfect calibration")
+    above.plot((0, 1), (0, 1), "--", color=GRAY, label="perfect calibration")
     above.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1 + 1.5 * MIN_BAR))
     of_items = f"n = {_plural(int(count.sum()), 'item')} in {_plural(len(count), 'bin')}"
     figure.suptitle(f"{title}: ECE {bins.expected_error:.3f}, {of_items}")
     _legend_below(figure, above)
-    below.bar(lower, count / count.sum(), width, color=GREY, **bar)
+    below.bar(lower, count / count.sum(), width, color=GRAY, **bar)
     below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of items")
     for axes in (above, below):
         axes.grid(axis="y", alpha=0.3)
@@ -87,14 +87,14 @@ def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "F
 
 
 def wilson_interval(share: ArrayLike, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % interval of a share, which unlike the common one is right at 0 and 1 and for few items.
+    """The 95 % Wilson interval of a proportion; unlike the normal approximation, valid near 0 and 1 and for few items.
 
     Args:
-        share (`array` of any shape): observed share, in [0, 1].
+        share (`array` of any shape): the observed proportion, in [0, 1].
         count (`int`): number of independent items, at least 1.
 
     Returns:
-        `tuple`: lower and upper ends, in the shape of the shares.
+        `tuple`: lower and upper bounds, of the shape of `share`.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
 
@@ -105,9 +105,9 @@ def wilson_interval(share: ArrayLike, count: int) -> tuple[np.ndarray, np.ndarra
     (0.722, 1.0)
     """
     share, weight = np.asarray(share, dtype=float), QUANTILE**2 / count
-    centre = (share + weight / 2) / (1 + weight)
+    center = (share + weight / 2) / (1 + weight)
     half = np.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
-    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
+    return np.clip(center - half, 0, share), np.clip(center + half, share, 1)
 
 
 def robust_accuracy_curve(
@@ -116,25 +116,27 @@ def robust_accuracy_curve(
     in_pixels: bool = True,
     title: str = "Robust accuracy",
 ) -> "Figure":
-    """Accuracy under attack against its strength, with 95 % Wilson intervals.
+    """Accuracy under attack as a function of ε, with 95 % Wilson intervals.
 
     Args:
-        accuracies (`dict`): of each attack's name, accuracy in [0, 1] by ε; ε = 0 is the clean accuracy.
-        num_samples (`int`): number of samples that each accuracy is a share of.
-        in_pixels (`bool`, defaults to `True`): whether ε refers to pixels in [0, 1] and is shown in units of 1/255.
-        title (`str`, defaults to `"Robust accuracy"`): what was attacked.
+        accuracies (`dict`): name of the attack to a dict from ε to accuracy in [0, 1]; ε = 0 is the clean accuracy.
+        num_samples (`int`): number of samples behind each accuracy.
+        in_pixels (`bool`, defaults to `True`): whether ε is in units of pixels in [0, 1], shown in units of 1/255.
+        title (`str`, defaults to `"Robust accuracy"`): of the plot.
 
     Raises:
-        ImportError: where matplotlib is missing.
-        ValueError: where there is no attack, no strength or no sample, and for numbers out of range.
+        ImportError: if matplotlib is missing.
+        ValueError: for no attack, no ε or no sample, and for numbers out of range.
     """
     if not accuracies or not all(accuracies.values()) or num_samples < 1:
         raise ValueError(
             f"Expected at least one attack, one ε for each, and one sample, got {dict(accuracies)} over {num_samples} "
-            "samples: there is nothing to draw."
+            "samples: there is nothing to plot."
         )
     if len(accuracies) > len(LINES):
-        raise ValueError(f"Expected at most {len(LINES)} attacks, got {len(accuracies)}: more cannot be told apart.")
+        raise ValueError(
+            f"Expected at most {len(LINES)} attacks, got {len(accuracies)}: there are no more distinct colors."
+        )
     for name, curve in accuracies.items():
         for epsilon, accuracy in curve.items():
             if not (0 <= accuracy <= 1 and 0 <= epsilon < math.inf):
@@ -145,7 +147,7 @@ def robust_accuracy_curve(
     for rank, ((name, curve), (color, marker)) in enumerate(zip(accuracies.items(), LINES, strict=False)):
         epsilons = sorted(curve)
         values = np.array([curve[epsilon] for epsilon in epsilons])
-        # Where curves coincide, the thinner ones are seen on top of the others.
+        # Thinner lines on top, so that coinciding curves stay visible.
         thickness = len(accuracies) - rank
         low, high = wilson_interval(values, num_samples)
         axes.errorbar(
@@ -158,9 +160,9 @@ def robust_accuracy_curve(
         ylabel=f"accuracy (n = {_plural(num_samples, 'sample')})",
         ylim=(-0.02, 1.02),
     )
-    strongest = unit * max(max(curve) for curve in accuracies.values()) or 1.0
-    axes.set_xlim(-0.03 * strongest, 1.03 * strongest)
-    # Embeddings are small, and so is ε: its power of ten stands beside the axis.
+    largest = unit * max(max(curve) for curve in accuracies.values()) or 1.0
+    axes.set_xlim(-0.03 * largest, 1.03 * largest)
+    # ε is small for embeddings: scientific notation.
     axes.ticklabel_format(axis="x", scilimits=(-2, 4))
     axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, with 95 % intervals")
@@ -174,19 +176,19 @@ def attention_entropy_map(
     uniform_entropy: float | None = None,
     num_queries: int | None = None,
 ) -> "Figure":
-    """The entropy of the attention of each head in one stack of layers; a model with two stacks has two maps.
+    """A heat map of the attention entropy of each head in one stack of layers.
 
     Args:
         entropy (`array` of shape `(layers, heads)`): in nats, NaN for a head that a layer does not have.
         stack (`str`, *optional*): name of the stack, such as `"encoder_self"`.
         uniform_entropy (`float`, *optional*):
-            Entropy of attention that is spread evenly over `K` keys, `log K`. Marked on the scale of colours, and
-            is its end unless a value is larger.
-        num_queries (`int`, *optional*): number of queries that the entropies are means over.
+            Entropy of uniform attention to `K` keys, `log K`. Marked on the color bar, which ends there unless a value
+            is larger.
+        num_queries (`int`, *optional*): number of queries in the mean entropies.
 
     Raises:
-        ImportError: where matplotlib is missing.
-        ValueError: for another shape, and for entropies that are negative, infinite, or all NaN.
+        ImportError: if matplotlib is missing.
+        ValueError: for other shapes, and for entropies that are negative, infinite, or all NaN.
     """
     values = np.asarray(entropy, dtype=float)
     if values.ndim != 2 or values.size == 0:
@@ -194,8 +196,8 @@ def attention_entropy_map(
     there = values[~np.isnan(values)]
     if there.size == 0 or not np.isfinite(there).all() or (there < 0).any():
         raise ValueError(
-            "Expected entropies in nats, at least 0 and finite, got others: the attention weights they were computed "
-            "from did not sum to 1, or a query saw no key."
+            "Expected finite entropies in nats, at least 0, got others: the attention weights did not sum to 1, or a "
+            "query had no visible key."
         )
     layers, heads = values.shape
     figure = _figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
@@ -227,22 +229,22 @@ def _series(log_history: Iterable[Mapping[str, float]], name: str) -> tuple[Sequ
 
 
 def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Training") -> "Figure":
-    """The losses of a training run, and the consistency term below them where there was one.
+    """The losses of a training run, and below them the consistency term if it was logged.
 
     Args:
         log_history (`list` of `dict`):
-            `trainer.state.log_history`: `loss` is the sum that was minimised, `task_loss` and `consistency_loss` are
-            its parts, the latter before its weight, and `eval_loss` is the loss on held-out data. Values that are not
-            finite are left out.
-        title (`str`, defaults to `"Training"`): which run it is.
+            `trainer.state.log_history`: `loss` is the minimized sum, `task_loss` and `consistency_loss` are its terms,
+            the latter before weighting, and `eval_loss` is the loss on held-out data. Values that are not finite are
+            left out.
+        title (`str`, defaults to `"Training"`): of the plot.
 
     Raises:
-        ImportError: where matplotlib is missing.
-        ValueError: where no finite loss was logged.
+        ImportError: if matplotlib is missing.
+        ValueError: if no finite loss was logged.
     """
     losses = {
-        # Drawn first and wider, so that it is seen where the consistency term adds next to nothing to the task loss.
-        "loss": ("training loss", GREY, ".", 5.0),
+        # Drawn first and wider: it stays visible if the consistency term is negligible.
+        "loss": ("training loss", GRAY, ".", 5.0),
         "task_loss": ("task loss", BLUE, "o", 1.5),
         "eval_loss": ("evaluation loss", ORANGE, "D", 1.5),
     }

@@ -1,4 +1,4 @@
-"""Running a model on a batch, and leaving it as it was found."""
+"""Running a model on a batch without changing its state."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode, and every module's own mode afterwards."""
+    """Training or evaluation mode; restores the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -22,7 +22,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers as they were afterwards: a forward pass in training mode moves running averages."""
+    """Restores all buffers afterwards: a forward pass in training mode updates running averages."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -33,14 +33,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Torch's random states as they were afterwards, of the processor and of the devices that the model is on."""
+    """Restores torch's random states afterwards, of the CPU and of the devices that the model is on."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
     with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
         yield
 
 
 def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch where the model is, pixels and other floating inputs in the model's precision; labels keep theirs."""
+    """Moves a batch to the model's device, and floating-point inputs except labels to its dtype."""
     device = next(model.parameters()).device
     precision = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
@@ -53,7 +53,7 @@ def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_samples(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[str, Any]]:
-    """The first samples of batches with `labels`, as many whatever the size of a batch: the last one is cut."""
+    """The first `samples` samples of batches with `labels`; the last batch is truncated."""
     for batch in batches:
         yield {name: value[:samples] if isinstance(value, Tensor) else value for name, value in batch.items()}
         samples -= len(batch["labels"])
@@ -62,25 +62,25 @@ def first_samples(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterato
 
 
 def check_batches(batches: Any, *, many_times: bool = False) -> None:
-    """Refuses what is no sequence of batches.
+    """Checks that `batches` is an iterable of batches.
 
     Args:
-        batches: what was given.
-        many_times: whether they are gone through more than once.
+        batches: to check.
+        many_times (`bool`, defaults to `False`): whether they will be iterated over more than once.
 
     Raises:
-        TypeError: for a single batch; for an iterator, which is empty after the first time, if `many_times`.
+        TypeError: for a single batch, and for an iterator if `many_times`: it is empty after the first pass.
     """
     expected = "`batches` must be a list or a DataLoader of batches"
     if isinstance(batches, Mapping):
         raise TypeError(
-            f"{expected}, got one batch with {sorted(batches)}: its names would be taken for batches. "
-            "Put it into a list: [batch]."
+            f"{expected}, got one batch with {sorted(batches)}: its keys would be taken for batches. Pass a list: "
+            "[batch]."
         )
     if not isinstance(batches, Iterable):
-        raise TypeError(f"{expected}, got {type(batches).__name__}: there is nothing to go through.")
+        raise TypeError(f"{expected}, got {type(batches).__name__}, which is not iterable.")
     if many_times and isinstance(batches, Iterator):
         raise TypeError(
-            f"{expected}, got the iterator {type(batches).__name__}: they are gone through more than once, and it is "
-            "empty after the first time. Make it a list: list(batches)."
+            f"{expected}, got the iterator {type(batches).__name__}: it is iterated over more than once, and is empty "
+            "after the first pass. Pass list(batches)."
         )

@@ -1,4 +1,4 @@
-"""A trained model on the Hub: its card, the results in it, and the upload."""
+"""Publishing a trained model on the Hub: model card, evaluation results and upload."""
 
 from .card import CARD_FILE, METRICS_FILE, build_card, check_card, write_card
 from .content import CardContent, Data

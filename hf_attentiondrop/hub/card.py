@@ -1,4 +1,4 @@
-"""The model card: what it says, how it is rendered and checked, and the structured results that go with it."""
+"""Rendering and validation of the model card, and the structured evaluation results in it."""
 
 import re
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ from .tables import (
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CARD_FILE = "README.md"
-# What a report writes beside its card. Cards are given their metrics, and never read it.
+# Reports write their metrics to this file. Cards never read it: another run may have left it there.
 METRICS_FILE = "metrics.json"
 EVAL_RESULTS_FOLDER = ".eval_results"
 NORM_TITLES = {"linf": "L∞", "l2": "L2"}
 
 
 def build_card(content: CardContent) -> ModelCard:
-    """Renders the card, in Markdown that needs nothing but the pictures beside it.
+    """Renders the card in Markdown.
 
     Example:
 
@@ -41,7 +41,7 @@ def build_card(content: CardContent) -> ModelCard:
     library_name: transformers
     tags:
     - hf-attentiondrop
-    >>> "## Method" in card.text  # none was used
+    >>> "## Method" in card.text  # no method was used
     False
     """
     robustness = content.metrics.get("robustness") or {}
@@ -74,13 +74,17 @@ def build_card(content: CardContent) -> ModelCard:
 
 
 def write_card(content: CardContent, folder: str | Path) -> Path:
-    """Writes README.md, and below `.eval_results` what the leaderboard of a benchmark reads.
+    """Writes README.md, and the entry of a benchmark's leaderboard below `.eval_results`.
+
+    Args:
+        content ([`CardContent`]): of the card.
+        folder (`str` or `Path`): to write to; it contains the plots.
 
     Returns:
         `Path`: the card.
 
     Raises:
-        ValueError: if the card would show a picture that is not there, or name what cannot be on the Hub.
+        ValueError: if a plot does not exist, or an id cannot be one on the Hub.
     """
     folder = Path(folder)
     card = build_card(content)
@@ -95,15 +99,16 @@ def write_card(content: CardContent, folder: str | Path) -> Path:
 
 
 def check_card(card: ModelCard, folder: Path) -> None:
-    """Checks what can be checked of a card without the Hub, which does the rest when it is uploaded.
+    """Checks the plots and ids of a card; the Hub validates the rest on upload.
 
     Raises:
-        ValueError: naming what is wrong, and what to do.
+        ValueError: if a plot does not exist in `folder`, or an id cannot be one on the Hub.
     """
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
         if not (folder / picture).is_file():
             raise ValueError(
-                f"The card shows {picture!r}, and there is no such file in {folder}: draw it, or leave it."
+                f"The card shows {picture!r}, and there is no such file in {folder}. Save the plot there, or leave it "
+                "out of `plots`."
             )
     ids = {"base_model": card.data.base_model, "datasets": card.data.datasets}
     for name, value in ids.items():
@@ -113,8 +118,8 @@ def check_card(card: ModelCard, folder: Path) -> None:
                 validate_repo_id(repo_id)
             except ValueError as error:
                 raise ValueError(
-                    f"`{name}` of a card must be an id on the Hub, got {repo_id!r}: {error} Leave it out if there is "
-                    "none, and say in words what it is."
+                    f"`{name}` of a card must be an id on the Hub, got {repo_id!r}: {error} If there is none, leave "
+                    "it out and describe it in words."
                 ) from error
 
 
@@ -122,9 +127,9 @@ _PARTS = {"train": "Training", "eval": "Evaluation"}
 
 
 def _metadata(content: CardContent) -> ModelCardData:
-    figures = evaluation_metrics(content.metrics)
-    hub_metrics = dict.fromkeys(HUB_METRICS[name] for name in figures if name in HUB_METRICS)
-    results = _eval_results(content, figures)
+    metrics = evaluation_metrics(content.metrics)
+    hub_metrics = dict.fromkeys(HUB_METRICS[name] for name in metrics if name in HUB_METRICS)
+    results = _eval_results(content, metrics)
     adapter = [content.adapter.lower()] if content.adapter else []
     tags = ["hf-attentiondrop", *(method.tag for method in content.methods if method.tag), *adapter, *content.tags]
     return ModelCardData(
@@ -141,8 +146,8 @@ def _metadata(content: CardContent) -> ModelCardData:
     )
 
 
-def _eval_results(content: CardContent, figures: Mapping[str, float]) -> list[EvalResult]:
-    """The metrics that the Hub knows, on a data set that it knows: there is no model-index without either."""
+def _eval_results(content: CardContent, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """The model-index: metrics that the Hub knows, on a data set of the Hub."""
     data = content.data
     if not (content.task and data.repo_id):
         return []
@@ -157,19 +162,19 @@ def _eval_results(content: CardContent, figures: Mapping[str, float]) -> list[Ev
             metric_name=title_of(name),
             metric_value=value,
         )
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if name in HUB_METRICS
     ]
 
 
 def _benchmark_entry(content: CardContent) -> EvalResultEntry | None:
-    """The first metric that the Hub knows, as an entry of the benchmark that the data set is."""
-    data, figures = content.data, evaluation_metrics(content.metrics)
-    name = next((name for name in HUB_METRICS if name in figures), None)
+    """The first metric that the Hub knows, as an entry for the benchmark of the data set."""
+    data, metrics = content.data, evaluation_metrics(content.metrics)
+    name = next((name for name in HUB_METRICS if name in metrics), None)
     if not (data.repo_id and data.benchmark_task and name):
         return None
     notes = ", ".join(filter(None, (title_of(name), data.split and f"split {data.split}")))
-    return EvalResultEntry(data.repo_id, data.benchmark_task, figures[name], notes=notes)
+    return EvalResultEntry(data.repo_id, data.benchmark_task, metrics[name], notes=notes)
 
 
 def _describe_data(data: Data) -> str:
@@ -188,6 +193,6 @@ def _table(header: tuple[str, str], values: Mapping[str, Any], quote: bool = Fal
 
 
 def _cell(value: Any) -> str:
-    """Text that stays within its cell of a table."""
+    """Text without line breaks and column separators, for a table cell."""
     text = ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
     return " ".join(text.split()).replace("|", "\\|")

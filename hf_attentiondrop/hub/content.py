@@ -1,4 +1,4 @@
-"""What a model card says, before it is written."""
+"""The content of a model card, before it is rendered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from ..methods.card import MethodCard
 
 @dataclass(frozen=True)
 class Data:
-    """The data that a model was trained and evaluated on, as far as it is known.
+    """The data that a model was trained and evaluated on; unknown fields are `None`.
 
     Args:
         name (`str`, *optional*): in words.
         repo_id (`str`, *optional*): id of the data set on the Hub.
         config (`str`, *optional*): its configuration.
-        split (`str`, *optional*): the split that was evaluated on.
+        split (`str`, *optional*): the evaluation split.
         benchmark_task (`str`, *optional*):
-            The task that was evaluated, if the data set is a benchmark on the Hub; its `eval.yaml` names them.
+            The evaluated task, if the data set is a benchmark on the Hub; its `eval.yaml` lists the tasks.
         subset (`int`, *optional*): the size of the random subset of the split that was evaluated, if not all of it.
     """
 
@@ -31,25 +31,25 @@ class Data:
 
 @dataclass(frozen=True)
 class CardContent:
-    """What a card says. Whatever is `None` or empty is unknown, and the card leaves it out.
+    """The content of a card. The card leaves out fields that are `None` or empty.
 
     Args:
         name (`str`): name of the model.
         model_class (`str`): its class in Transformers.
-        origin (`str`): where its weights began, as in "trained from scratch".
-        methods (`tuple[MethodCard, ...]`): what was done to its attention and its loss.
-        needs_plugin (`bool`): whether it has learned attention weights, without which it does not load.
-        repo_id (`str`, *optional*): the repository, or path, that it is loaded from; by default the card's own folder.
-        base_model (`str`, *optional*): id on the Hub of the model that it began as.
-        adapter (`str`, *optional*): the kind of PEFT adapter that it is, as in "LORA".
+        origin (`str`): the origin of its weights, such as "trained from scratch".
+        methods (`tuple[MethodCard, ...]`): the methods applied to its attention and its loss.
+        needs_plugin (`bool`): whether it has learned attention parameters, which need this package to load.
+        repo_id (`str`, *optional*): the repository or path to load it from; by default the folder of the card.
+        base_model (`str`, *optional*): id on the Hub of the base model.
+        adapter (`str`, *optional*): the kind of PEFT adapter, such as "LORA".
         processor (`str`, *optional*): the Auto class of its tokenizer or processor.
-        task (`str`, *optional*): the Hub's name of its task, as in "text-classification".
-        language, license (`str`, *optional*), tags (`tuple[str, ...]`): metadata as the Hub knows it.
-        data ([`Data`]): what it was trained and evaluated on.
+        task (`str`, *optional*): its task on the Hub, such as "text-classification".
+        language, license (`str`, *optional*), tags (`tuple[str, ...]`): metadata in the format of the Hub.
+        data ([`Data`]): training and evaluation data.
         metrics (`Mapping[str, Any]`):
-            Figures with the names that a Trainer gives them, and beside them `calibration` and `robustness`.
-        plots (`tuple[str, ...]`): pictures, by their paths relative to the card.
-        training, environment (`Mapping[str, str]`): settings and versions, in words.
+            Metrics with the names of a Trainer, and the nested `calibration`, `robustness` and `attention`.
+        plots (`tuple[str, ...]`): images, as paths relative to the card.
+        training, environment (`Mapping[str, str]`): settings and versions.
     """
 
     name: str

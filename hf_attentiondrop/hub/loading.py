@@ -1,4 +1,4 @@
-"""How to load a model, as its card puts it."""
+"""The section of the card on loading the model."""
 
 from .content import CardContent
 
@@ -12,26 +12,26 @@ PROCESSORS = {
 
 
 def loading_text(content: CardContent) -> str:
-    """What it takes to load the model."""
+    """The requirements for loading the model."""
     sentences = []
     if content.adapter:
-        sentences.append("This is an adapter: it needs PEFT, and the base model that it was trained on.")
+        sentences.append("This is an adapter: it needs PEFT and the base model that it was trained on.")
     if content.needs_plugin:
         sentences.append(
-            "The attention of the model has learned weights, which need the package `hf-attentiondrop` (from a clone "
-            "of its repository: `pip install .`) and the line `import hf_attentiondrop` before the model is loaded. "
-            "Without them loading stops with an error."
+            "The attention of the model has learned parameters, which need the package `hf-attentiondrop` (from a "
+            "clone of its repository: `pip install .`) and the line `import hf_attentiondrop` before the model is "
+            "loaded. Without them, loading fails with an error."
         )
     if not sentences:
         return (
-            "It loads in stock Transformers and needs nothing else: in evaluation its attention is the ordinary one."
+            "It loads in stock Transformers without this package: in evaluation mode its attention is stock attention."
         )
     return " ".join(sentences)
 
 
 def loading_code(content: CardContent) -> str:
-    """The lines of Python that load the model, and its tokenizer or processor."""
-    place = f'"{content.repo_id}"' if content.repo_id else '"."  # the folder that this card is in'
+    """Python code that loads the model and its tokenizer or processor."""
+    place = f'"{content.repo_id}"' if content.repo_id else '"."  # the folder of this card'
     imported = sorted(filter(None, (content.model_class, content.processor)), key=str.lower)
     lines = (
         ["import hf_attentiondrop  # registers the attention that config.json names"] if content.needs_plugin else []

@@ -1,4 +1,4 @@
-"""The figures of a run as the tables of its card. What was not measured has no row, and nothing no table."""
+"""The metrics of a run as tables of its card. Unmeasured metrics have no row; an empty table is omitted."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 Table = list[tuple[str, ...]]
-"""Rows of cells, the header first; empty if there is nothing to show."""
+"""Rows of cells, the header first; empty if there are no rows."""
 
 METRIC_TITLES = {
     "accuracy": "Accuracy",
@@ -32,7 +32,7 @@ METRIC_TITLES = {
     "decoder_attentions": "Decoder",
     "cross_attentions": "Cross-attention",
 }
-# The metrics that the Hub knows by name, as https://huggingface.co/metrics lists them.
+# Names on the Hub, see https://huggingface.co/metrics.
 HUB_METRICS = {
     "accuracy": "accuracy",
     "f1": "f1",
@@ -42,14 +42,14 @@ HUB_METRICS = {
     "chrf": "chrf",
     "perplexity": "perplexity",
 }
-# Trivial predictors that a metric may be held against, by the prefix of their figures.
+# Prefix of the metrics of a trivial predictor -> its name.
 BASELINES = {"majority": "most frequent class", "copy": "copied source", "unigram": "token frequencies"}
-# What an evaluation reports beside its metrics.
+# Counts and times that an evaluation reports with its metrics.
 NOT_METRICS = ("samples", "tokens", "runtime", "model_preparation_time")
 
 
 def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite metrics of an evaluation, without their prefix and without counts and times.
+    """The finite metrics of an evaluation, without prefix, counts and times.
 
     Example:
 
@@ -60,86 +60,91 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in found.items()
-        if is_figure(value) and name not in NOT_METRICS and not name.endswith("_per_second")
+        if is_number(value) and name not in NOT_METRICS and not name.endswith("_per_second")
     }
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
-    """The metrics of the evaluation, each beside the trivial predictor that the run compared it with. Those of the
-    calibration have a table of their own."""
+    """The metrics of the evaluation, with columns for the trivial predictors that the run measured; without those of
+    [`calibration_table`]."""
     calibration = metrics.get("calibration") or {}
-    figures = {name: value for name, value in evaluation_metrics(metrics).items() if name not in calibration}
+    results = {name: value for name, value in evaluation_metrics(metrics).items() if name not in calibration}
     baselines = {
         prefix: title
         for prefix, title in BASELINES.items()
-        if any(is_figure(metrics.get(f"{prefix}_{name}")) for name in figures)
+        if any(is_number(metrics.get(f"{prefix}_{name}")) for name in results)
     }
     rows = [
         (title_of(name), number(value), *(number(metrics.get(f"{prefix}_{name}")) for prefix in baselines))
-        for name, value in figures.items()
+        for name, value in results.items()
     ]
     return [("Metric", "This model", *map(str.capitalize, baselines.values())), *rows] if rows else []
 
 
 def calibration_table(metrics: Mapping[str, Any]) -> Table:
-    """The calibration as it is, and after temperature scaling where that was fitted."""
-    figures = metrics.get("calibration") or {}
-    after = figures.get("after_temperature") or {}
-    names = [name for name in METRIC_TITLES if is_figure(figures.get(name)) or is_figure(after.get(name))]
+    """The calibration metrics, before and after temperature scaling if it was fitted."""
+    before = metrics.get("calibration") or {}
+    after = before.get("after_temperature") or {}
+    names = [name for name in METRIC_TITLES if is_number(before.get(name)) or is_number(after.get(name))]
     if not names:
         return []
     if not after:
-        return [("Metric", "Value"), *((title_of(name), number(figures.get(name))) for name in names)]
-    temperature = figures.get("temperature")
+        return [("Metric", "Value"), *((title_of(name), number(before.get(name))) for name in names)]
+    temperature = before.get("temperature")
     scaled = "After temperature scaling, cross-fitted"
-    scaled += f" (T = {number(temperature)} on all samples)" if is_figure(temperature) else ""
-    rows = [(title_of(name), number(figures.get(name)), number(after.get(name))) for name in names]
-    return [("Metric", "As it is", scaled), *rows]
+    scaled += f" (T = {number(temperature)} on all samples)" if is_number(temperature) else ""
+    rows = [(title_of(name), number(before.get(name)), number(after.get(name))) for name in names]
+    return [("Metric", "Before", scaled), *rows]
 
 
 def robustness_table(metrics: Mapping[str, Any]) -> Table:
-    """The accuracy under each attack, below that without one."""
-    figures = metrics.get("robustness") or {}
+    """The clean accuracy, and below it the accuracy under each attack."""
+    robustness = metrics.get("robustness") or {}
     rows = [
-        (str(attack.get("name", "")), _epsilon(attack.get("epsilon"), figures.get("norm")), number(attack["accuracy"]))
-        for attack in figures.get("attacks") or []
-        if is_figure(attack.get("accuracy"))
+        (
+            str(attack.get("name", "")),
+            _epsilon(attack.get("epsilon"), robustness.get("norm")),
+            number(attack["accuracy"]),
+        )
+        for attack in robustness.get("attacks") or []
+        if is_number(attack.get("accuracy"))
     ]
     return [("Attack", "ε", "Accuracy"), *rows] if rows else []
 
 
 def attention_table(metrics: Mapping[str, Any]) -> Table:
-    """The statistics of the attention weights, one row per stack and kind of attention."""
+    """The attention statistics, one row per stack."""
     stacks = metrics.get("attention") or {}
-    names = list(dict.fromkeys(name for means in stacks.values() for name, value in means.items() if is_figure(value)))
+    names = list(dict.fromkeys(name for means in stacks.values() for name, value in means.items() if is_number(value)))
     names = [name for name in names if name not in NOT_METRICS]
     rows = [(title_of(stack), *(number(means.get(name)) for name in names)) for stack, means in stacks.items()]
     return [("Attention", *map(title_of, names)), *rows] if names else []
 
 
 def title_of(name: str) -> str:
-    """The metric in words."""
+    """The title of a metric."""
     return METRIC_TITLES.get(name, name.replace("_", " ").capitalize())
 
 
-def is_figure(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any) -> str:
-    """A figure with four significant digits, a dash where there is none.
+    """A number with four significant digits; a dash for anything else.
 
     Example:
 
     >>> number(0.123456), number(31.0), number(12345), number(1.5e-05), number(None)
     ('0.1235', '31', '12345', '1.5e-05', '-')
     """
-    if not is_figure(value):
+    if not is_number(value):
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _epsilon(value: Any, norm: Any) -> str:
-    """The budget, in steps of an 8-bit image where it is a whole number of them."""
-    steps = round(value * 255) if norm == "linf" and is_figure(value) else 0
+    """The bound, in gray levels of an 8-bit image if it is a whole number of them."""
+    steps = round(value * 255) if norm == "linf" and is_number(value) else 0
     return f"{steps}/255" if steps and math.isclose(value * 255, steps, rel_tol=1e-6) else number(value)

@@ -1,4 +1,4 @@
-"""The upload: the card of a Trainer's model on its way to the Hub, and errors that say how to try again."""
+"""Uploading a Trainer's model with its card, and errors that say how to retry."""
 
 import inspect
 import shlex
@@ -16,18 +16,18 @@ from .card import CARD_FILE, write_card
 from .run import describe_run
 
 
-# Of the HTTP client of huggingface_hub, httpx or httpx2 by its release: what its own error derives from.
+# The error of the HTTP client, httpx or httpx2 depending on the release of huggingface_hub: the base of its own error.
 HTTPError = HfHubHTTPError.__bases__[0]
-# What huggingface_hub raises: answers that refuse, connections that break, and what it makes of either.
+# Errors of huggingface_hub: rejected requests and broken connections.
 UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 HINTS = {
-    401: "Log in with `hf auth login`, or give a token that is valid as `hub_token`.",
-    403: "Give a token that may write there, or another repository as `hub_model_id`.",
+    401: "Log in with `hf auth login`, or pass a valid token as `hub_token`.",
+    403: "Pass a token with write access, or another repository as `hub_model_id`.",
 }
 
 
 class UploadError(RuntimeError):
-    """The Hub did not take what was to be uploaded. What is on this machine is as it was."""
+    """The upload failed. The local files are unchanged."""
 
 
 if TYPE_CHECKING:
@@ -38,18 +38,18 @@ else:
 
 
 class ModelCardMixin(TrainerBase):
-    """Gives any [`~transformers.Trainer`] class the card of this package, put before it among the base classes.
+    """Replaces the model card of a [`~transformers.Trainer`] class; list it before that class among the bases.
 
     Overrides `create_model_card`, and wraps `push_to_hub` and `init_hf_repo`.
     """
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes README.md into the output folder.
+        """Writes README.md to the output folder.
 
         Args:
             kwargs:
-                What the Trainer cannot know, see [`describe_run`]: the arguments of
-                [`~transformers.Trainer.create_model_card`], `dataset_split`, `benchmark_task`, `metrics` and `plots`.
+                See [`describe_run`]: the arguments of [`~transformers.Trainer.create_model_card`], `dataset_split`,
+                `benchmark_task`, `metrics` and `plots`.
         """
         if self.is_world_process_zero():
             write_card(describe_run(self, **kwargs), self.args.output_dir)
@@ -63,15 +63,15 @@ class ModelCardMixin(TrainerBase):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads the output folder: weights, config, tokenizer or processor, a new card, and what else lies there.
+        """Uploads the output folder: weights, config, tokenizer or processor, a new card, and all other files in it.
 
-        The Hub looks at the card first. See [`~transformers.Trainer.push_to_hub`]; `kwargs` are those of
+        The Hub validates the card first. See [`~transformers.Trainer.push_to_hub`]; `kwargs` are those of
         `create_model_card`.
 
         Raises:
-            UploadError: if the Hub refuses, or the connection breaks; with `blocking=False` that of the files shows
-                only in the result.
-            TypeError: for `private` where the installed Transformers does not take it.
+            UploadError: if the Hub rejects the upload, or the connection breaks; with `blocking=False`, errors of the
+                file upload are only in the returned future.
+            TypeError: for `private` if the installed Transformers does not take it.
         """
         options = {} if private is None else {"private": private}
         if not options.keys() <= inspect.signature(super().push_to_hub).parameters.keys():
@@ -89,19 +89,19 @@ class ModelCardMixin(TrainerBase):
         """Creates the repository. See [`~transformers.Trainer.init_hf_repo`].
 
         Raises:
-            UploadError: if the Hub refuses, or cannot be reached.
+            UploadError: if the Hub rejects it, or is unreachable.
         """
         with explaining_upload(self):
             super().init_hf_repo(*args, **kwargs)
 
 
 def validate_card(path: Path) -> None:
-    """Asks the Hub whether it accepts the metadata of a card.
+    """Validates the metadata of a card on the Hub.
 
     Raises:
-        ValueError: with the Hub's reasons, if it does not.
+        ValueError: with the Hub's reasons, if they are not valid.
     """
-    # Older releases of huggingface_hub ask huggingface.co, whatever HF_ENDPOINT says, so that their way is not ours.
+    # Not ModelCard.validate: in older releases of huggingface_hub it ignores HF_ENDPOINT.
     body = {"repoType": "model", "content": str(ModelCard.load(path))}
     url = f"{constants.ENDPOINT}/api/validate-yaml"
     response = get_session().post(url, json=body, headers={"Accept": "text/plain"})
@@ -112,7 +112,7 @@ def validate_card(path: Path) -> None:
 
 @contextmanager
 def explaining_upload(trainer: Any) -> Iterator[None]:
-    """Turns what goes wrong on the way to the Hub into an [`UploadError`] with the commands to try again."""
+    """Converts errors of the upload into an [`UploadError`] with the command to retry."""
     try:
         yield
     except UploadError:
@@ -131,17 +131,17 @@ def explaining_upload(trainer: Any) -> Iterator[None]:
 
 def _way_to_retry(repo_id: str, folder: Path) -> str:
     if not (folder.is_dir() and any(folder.iterdir())):
-        return "Nothing was written yet: start the run again when that is mended, or without `push_to_hub`."
+        return "Nothing was written yet: fix this and start the run again, or run it without `push_to_hub`."
     excluded = ["--exclude", "_*", "--exclude", "checkpoint-*"]  # as Transformers does
     command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *excluded])
     return (
-        f"What the run wrote is untouched in {folder}. Upload it with `{command}`, or from Python again with "
+        f"The files of the run are unchanged in {folder}. Upload them with `{command}`, or from Python with "
         "`trainer.push_to_hub(...)` and the same arguments."
     )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it came of, down to the answer of the Hub."""
+    """The error and its causes, down to the response of the Hub."""
     while error is not None:
         yield error
         error = None if isinstance(error, HTTPError) else error.__cause__

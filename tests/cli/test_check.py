@@ -27,22 +27,22 @@ attention dropout in 2 of them: on CUDA these hold all scores at any length, sin
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A BERT's config.json, alone."""
+    """A folder with only the config.json of a BERT."""
     config = build("bert").config
     config.architectures = ["BertForSequenceClassification"]
     return config_folder(tmp_path / "bert", config.to_dict())
 
 
 def cells(table: str) -> list[list[str]]:
-    """The words of a table, line by line, whatever the widths of its columns."""
+    """The words of each row of a table, regardless of the column widths."""
     return [line.split() for line in table.splitlines() if not line.startswith("-")]
 
 
-def test_what_would_be_applied_where_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_lists_every_attention_module(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "check", folder) == TABLE
 
 
-def test_a_program_says_why_a_model_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_model_ends_the_program_with_code_1(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "mpnet", MPNetConfig().to_dict())
     result = run(*CLI, "check", folder)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
@@ -50,7 +50,7 @@ def test_a_program_says_why_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_program_reads_the_config_of_a_model_on_the_hub(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    # As the Hub's client keeps a repository of which it downloaded the config alone.
+    # The cache layout of huggingface_hub for a repository with only its config downloaded.
     repository = tmp_path / "cache" / "models--someone--bert"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
@@ -62,7 +62,7 @@ def test_a_program_reads_the_config_of_a_model_on_the_hub(folder: Path, tmp_path
     assert result.stdout == TABLE
 
 
-def test_a_path_to_the_config_will_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_to_the_config_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "check", folder / "config.json") == printed(capsys, "check", folder)
 
 
@@ -83,10 +83,10 @@ def test_weights_are_never_loaded(tmp_path: Path, implementation: str, capsys: p
     loaded = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, **({"attn_implementation": "attentiondrop"} if implementation == "attentiondrop" else {})
     )
-    # What the weights alone tell, the average of learned scales, is left out.
+    # Without the average of learned scales, which needs the weights.
     expected = str(report(loaded)).replace(" average=1.0000", "")
     weights = tmp_path / "model.safetensors"
-    weights.unlink()  # A model may still be reading from the file itself.
+    weights.unlink()  # A model may still read from the file.
     weights.write_bytes(b"no weights")
     capsys.readouterr()
     assert cells(printed(capsys, "check", tmp_path)) == cells(expected)
@@ -108,9 +108,7 @@ def test_an_entry_alone_names_the_implementation(folder: Path, capsys: pytest.Ca
     assert code == 1 and "belongs to attn_implementation='gated_attention'" in message
 
 
-def test_a_part_with_learned_reweighting_is_known_by_its_record(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_learned_reweighting_of_a_sub_config_is_recognized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = CLIPConfig(
         text_config={**tiny, "vocab_size": 64}, vision_config={**tiny, "image_size": 8, "patch_size": 4}

@@ -78,7 +78,7 @@ def test_a_model_without_its_tokenizer_is_refused(model: PreTrainedModel, tmp_pa
         load_classifier(str(tmp_path))
 
 
-def test_a_small_vocabulary_is_no_empty_one(tmp_path: Path) -> None:
+def test_a_small_vocabulary_is_accepted(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)
     BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "b": 6}).save_pretrained(
         tmp_path
@@ -105,14 +105,14 @@ def test_the_longest_text_has_a_position_for_every_token(model: PreTrainedModel,
         model(input_ids=torch.full((1, longest + 1), 7))
 
 
-def test_a_tokenizer_cuts_texts_to_what_the_model_takes(tmp_path: Path) -> None:
+def test_the_tokenizer_truncates_to_the_positions_of_the_model(tmp_path: Path) -> None:
     model = roberta()
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     loaded = load_classifier(str(tmp_path))[1]
     assert loaded.model_max_length == 18
     loaded = tokenizer()
-    loaded.model_max_length = 5  # It may know better than the model's config.
+    loaded.model_max_length = 5  # It can be lower than the limit of the model.
     loaded.save_pretrained(tmp_path)
     assert load_classifier(str(tmp_path))[1].model_max_length == 5
     assert longest_text(t5()) == float("inf")
@@ -140,11 +140,11 @@ def test_model_and_processor_have_the_same_channels(
             load_classifier(str(tmp_path))
 
 
-def test_what_is_no_model_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_names_that_are_not_models_are_refused(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     cases = [
-        (tmp_path / "model" / "config.json", "is a file, and weights .* Name the folder that it lies in"),
+        (tmp_path / "model" / "config.json", "is a file, and weights .* Name its folder"),
         (tmp_path / "none", f"there is nothing at '{tmp_path}/none'"),
         (tmp_path / "empty", "has no config.json"),
         ("nobody/nothing", "'nobody/nothing' is no folder here, and cannot be read as one"),
@@ -155,7 +155,7 @@ def test_what_is_no_model_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 def changed(weights: dict[str, Tensor], change: str) -> dict[str, Tensor]:
-    """What goes wrong with weights between training and evaluation."""
+    """Weights with a common mistake."""
     if change == "no head":
         return {key: value for key, value in weights.items() if "classifier" not in key}
     if change == "other classes":
@@ -176,7 +176,7 @@ def changed(weights: dict[str, Tensor], change: str) -> dict[str, Tensor]:
         ("", None),
     ],
 )
-def test_no_weight_is_made_up(change: str, message: str | None, tmp_path: Path) -> None:
+def test_randomly_initialized_weights_are_refused(change: str, message: str | None, tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -208,7 +208,7 @@ def test_weights_that_cannot_be_read_are_refused(name: str, contents: bytes | No
     assert "git lfs pull" in str(error.value) and "weights_only" not in str(error.value)
 
 
-def test_cut_weights_are_refused(tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -219,7 +219,7 @@ def test_cut_weights_are_refused(tmp_path: Path) -> None:
         load_classifier(str(tmp_path))
 
 
-def test_classifiers_that_have_to_see_the_tokens_cannot_be_attacked() -> None:
+def test_encoder_decoder_classifiers_cannot_be_attacked() -> None:
     for model in (bert(), gpt2(), vit(3)):
         check_attackable(model)
     for model in (t5(), bart()):
@@ -227,7 +227,5 @@ def test_classifiers_that_have_to_see_the_tokens_cannot_be_attacked() -> None:
             ValueError, match=rf"embeddings instead of token ids, got {type(model).__name__}, .* without attacks\."
         ):
             check_attackable(model)
-        with pytest.raises(
-            NotImplementedError, match="embeddings"
-        ):  # Transformers' own refusal, in the middle of the work.
+        with pytest.raises(NotImplementedError, match="embeddings"):  # Transformers' own error, in the forward pass.
             model(inputs_embeds=torch.zeros(1, 4, 32))

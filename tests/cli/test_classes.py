@@ -1,4 +1,4 @@
-"""Samples are counted for the class they are of, or refused, and never for another one."""
+"""Labels are matched to the right class of the model, or refused."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def numbers(labels: list[Any], id2label: dict[int, str], names: list[str] | None
         (["LABEL_1"], NAMELESS, None, [1]),
     ],
 )
-def test_the_class_is_the_models(
+def test_labels_map_to_the_classes_of_the_model(
     labels: list[Any], id2label: dict[int, str], names: list[str] | None, expected: list[int]
 ) -> None:
     assert numbers(labels, id2label, names) == expected
@@ -77,13 +77,13 @@ def test_the_class_is_the_models(
         ([0.0, 1.5], ANIMALS, None, "class names or integers in 'kind', got 0.0 in row 0"),
     ],
 )
-def test_a_class_that_cannot_be_told_is_refused(
+def test_labels_without_a_matching_class_are_refused(
     labels: list[Any], id2label: dict[int, str], names: list[str] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         numbers(labels, id2label, names)
 
 
-def test_many_names_are_cut_short() -> None:
+def test_long_lists_of_names_are_truncated() -> None:
     with pytest.raises(ValueError, match=r"does not know, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, …; it knows cat"):
         numbers([f"a{number}" for number in range(10)] + ["b"], ANIMALS)

@@ -30,7 +30,7 @@ NAMES = ("zero", "one", "two")
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits as images, in a folder per class, whose names are in another order than the model's numbers."""
+    """Images of digits in one folder per class; alphabetical order differs from the class numbers of the model."""
     folder, bunch = tmp_path_factory.mktemp("digits"), load_digits(n_class=3)
     for number in range(24):
         path = folder / NAMES[bunch.target[number]] / f"{number}.png"
@@ -87,7 +87,7 @@ def test_evaluate_writes_a_report(
     assert str(tmp_path) not in card and f'"path/to/{classifier.name}"' in card
 
 
-def test_a_report_says_what_it_is_about(
+def test_the_card_names_data_and_sample_counts(
     classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--max_samples", 20, "--output_dir", tmp_path]
@@ -146,9 +146,7 @@ def test_evaluate_takes_a_decoder_without_padding(tmp_path: Path, capsys: pytest
     assert "samples            3\n" in output and "under PGD-20" in output
 
 
-def test_evaluate_does_not_attack_what_has_to_see_the_tokens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_refuses_to_attack_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
     config = BartConfig(**layers, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=60)
     BartForSequenceClassification(config).save_pretrained(tmp_path / "model")
@@ -156,7 +154,7 @@ def test_evaluate_does_not_attack_what_has_to_see_the_tokens(
     BertTokenizer(eos_token="[SEP]").train_new_from_iterator(texts, 60, show_progress=False).save_pretrained(
         tmp_path / "model"
     )
-    capsys.readouterr()  # the progress bar of that
+    capsys.readouterr()  # discards the progress bar
     arguments = [tmp_path / "model", "--data", tmp_path / "none.csv", "--output_dir", tmp_path / "report"]
     code, line = failure(capsys, "evaluate", *arguments, "--evaluate_robustness")
     assert code == 2 and "--evaluate_robustness: expected a classifier that takes embeddings" in line
@@ -180,14 +178,14 @@ def test_evaluate_refuses_bad_input(
     unlabelled = tmp_path / "unlabelled.parquet"
     features = Features({"image": Value("string"), "label": ClassLabel(names=list(NAMES))})
     Dataset.from_dict({"image": ["a"], "label": [-1]}, features=features).to_parquet(unlabelled)
-    capsys.readouterr()  # the progress bar of that
+    capsys.readouterr()  # discards the progress bar
     report, good = ["--output_dir", tmp_path / "report"], ["--data", digits]
     cases = [
         ([classifier, *good, "--output_dir", tmp_path / "full"], "--output_dir: expected an empty folder"),
         ([base, *good, *report], "expected a classifier of images or texts"),
         ([tmp_path / "nothing", *good, *report], f"there is nothing at '{tmp_path}/nothing'"),
         (["nobody/nothing", *good, *report], "MODEL: expected a folder with a saved classifier, or a classifier on"),
-        ([classifier / "config.json", *good, *report], "Name the folder that it lies in"),
+        ([classifier / "config.json", *good, *report], "Name its folder"),
         ([classifier, "--data", tmp_path / "data.xlsx", *report], "--data: expected a file of one of csv"),
         (
             [classifier, "--data", tmp_path / "none", *report],

@@ -1,4 +1,4 @@
-"""Samples are given to the model as they are, and one that cannot be is named."""
+"""Samples reach the model unchanged, and an error names the sample that cannot be read."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_samples_come_in_the_order_asked_for() -> None:
     ("special", "padding", "sizes"),
     [({"pad_token": "[PAD]"}, 0, [2, 1]), ({}, 0, [1] * 3), ({}, None, [1] * 3), ({"pad_token": "[PAD]"}, 5, [1] * 3)],
 )
-def test_texts_are_padded_only_with_what_the_model_takes_for_padding(
+def test_texts_are_padded_only_with_the_padding_token_of_the_model(
     special: dict[str, str], padding: int | None, sizes: list[int]
 ) -> None:
     config = GPT2Config(vocab_size=10, pad_token_id=padding)
@@ -124,7 +124,7 @@ def test_tokens_of_another_model_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
-def test_words_for_nothing_are_texts_like_others(suffix: str, separator: str, tmp_path: Path) -> None:
+def test_words_such_as_none_are_texts(suffix: str, separator: str, tmp_path: Path) -> None:
     rows = [("text", "label"), ("nan", "0"), ("None", "1"), ("NA, n/a", "1"), ("", "0")]
     lines = [separator.join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows]
     path = tmp_path / f"data.{suffix}"

@@ -1,4 +1,4 @@
-"""Attacks: against definitions by hand, against the Adversarial Robustness Toolbox, and what they leave behind."""
+"""Attacks match closed forms and the Adversarial Robustness Toolbox, and do not change the model."""
 
 import math
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ ATTACKS = [
 
 
 def images(count: int = 8) -> dict[str, Tensor]:
-    """Random images of one channel, normalised, with labels; some pixels are black and some white."""
+    """Random normalized images of one channel, with labels; some pixels are black and some white."""
     pixels = (torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.4 - 0.2).clamp(0, 1)
     return {"pixel_values": (pixels - DIGITS.mean[0]) / DIGITS.std[0], "labels": torch.arange(count) % 2}
 
@@ -74,7 +74,7 @@ class LinearClassifier(nn.Module):
 
 
 class Ring(nn.Module):
-    """Wrong only between 0.05 and 0.12 from the sample; further off it is right, at a higher loss."""
+    """Misclassifies only between 0.05 and 0.12 from the sample; further away the loss is higher, but it is right."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ TWO_PIXELS = {"pixel_values": torch.tensor([0.5, 0.1]).view(2, 1, 1, 1), "labels
 
 @pytest.fixture(scope="module")
 def digits() -> list[dict[str, Tensor]]:
-    """Batches of handwritten digits, 0 to 4, normalised."""
+    """Batches of handwritten digits, 0 to 4, normalized."""
     bunch = load_digits(n_class=5)
     data = torch.tensor(bunch.images / 16, dtype=torch.float32).unsqueeze(1)
     samples = zip((data - DIGITS.mean[0]) / DIGITS.std[0], torch.tensor(bunch.target), strict=True)
@@ -102,7 +102,7 @@ def digits() -> list[dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def trained(digits: list[dict[str, Tensor]]) -> PreTrainedModel:
-    """A ViT that tells them apart."""
+    """A ViT trained on them."""
     model = build("vit", num_labels=5, initializer_range=0.15).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(4):
@@ -113,7 +113,7 @@ def trained(digits: list[dict[str, Tensor]]) -> PreTrainedModel:
     return model.eval()
 
 
-def test_a_linear_model_is_attacked_as_by_hand() -> None:
+def test_a_linear_model_matches_the_closed_form() -> None:
     model = LinearClassifier()
     normalization = Normalization(mean=(0.2, 0.4, 0.6), std=(0.1, 0.5, 2.0))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (normalization.mean, normalization.std))
@@ -131,7 +131,7 @@ def test_a_linear_model_is_attacked_as_by_hand() -> None:
         torch.testing.assert_close(l2.loss, F.cross_entropy(after, batch["labels"], reduction="none"))
 
 
-def test_a_model_that_is_sure_of_itself_is_attacked_all_the_same() -> None:
+def test_confident_predictions_are_attacked() -> None:
     # Its cross-entropy is exactly 0 in float32, and so is the gradient.
     unsure, sure = LinearClassifier(), LinearClassifier(scale=1e4)
     sure.load_state_dict(unsure.state_dict())
@@ -179,7 +179,7 @@ def test_they_agree_with_the_adversarial_robustness_toolbox(
         logits = model((expected - DIGITS.mean[0]) / DIGITS.std[0]).logits
         their_loss = F.cross_entropy(logits, batch["labels"], reduction="none")
         differences = (pixels(batch) + result.perturbation - expected).flatten(1).abs().amax(1)
-        # They keep the last iterate, we the best one: where the two are not the same, ours has the higher loss.
+        # They keep the last iterate, we the worst one: if they differ, ours has the higher loss.
         is_equal = differences < 2e-6
         assert is_equal.float().mean() >= 0.5
         assert (is_equal | (result.loss > their_loss)).all()
@@ -207,8 +207,8 @@ def test_the_curve_falls_from_clean_accuracy(trained: PreTrainedModel, digits: l
     assert counts == sorted(counts, reverse=True) and counts[1] > counts[-1]
 
 
-def test_what_breaks_a_small_ball_breaks_a_larger_one() -> None:
-    # One step as long as the larger ball is wide jumps over what is wrong in the smaller one.
+def test_robust_accuracy_never_increases_with_epsilon() -> None:
+    # One step of the larger epsilon skips the misclassified region within the smaller ball.
     alone = [robust_accuracy(Ring(), [TWO_PIXELS], Attack.fgsm(size), Normalization()).correct for size in (0.1, 0.15)]
     curve = robustness_curve(Ring(), [TWO_PIXELS], [0, 0.1, 0.15], Attack.fgsm(), Normalization())
     assert alone == [1, 2]
@@ -240,7 +240,7 @@ def test_images_stay_in_the_ball_and_in_range(attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
-def test_texts_stay_in_the_ball_and_padding_as_it_is(attack: Attack) -> None:
+def test_texts_stay_in_the_ball_and_padding_is_unchanged(attack: Attack) -> None:
     model, batch = build("bert", initializer_range=0.2), inputs("bert", padding="right")
     result = attack_batch(model, batch, attack)
     assert (size(result.perturbation, attack.norm) <= attack.epsilon * (1 + 1e-6)).all()
@@ -255,7 +255,7 @@ def test_texts_stay_in_the_ball_and_padding_as_it_is(attack: Attack) -> None:
     assert (result.loss > result.clean_loss).all()
 
 
-def test_padding_is_left_alone_even_where_it_counts() -> None:
+def test_padding_is_unchanged_even_if_it_affects_the_logits() -> None:
     class Averaging(BertForSequenceClassification):
         def forward(self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None) -> Any:
             embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -283,14 +283,14 @@ def test_random_starts_are_uniform_in_the_ball(norm: str) -> None:
     result = attack_batch(model, batch, attack, Normalization())
     lengths = size(result.perturbation, norm)[result.loss > result.clean_loss] / 0.1
     dimensions = 48
-    # The length of a point drawn uniformly in d dimensions has the mean d / (d + 1), in both norms.
+    # The norm of a uniform sample from a unit ball in d dimensions has the mean d / (d + 1), in both norms.
     assert lengths.numel() > 100 and lengths.max() <= 1 + 1e-6
     assert abs(lengths.mean().item() - dimensions / (dimensions + 1)) < 0.005
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_best_loss_never_falls_over_steps_and_restarts(norm: str) -> None:
-    # Steps that are too long for the ball make the loss of the iterates go up and down.
+    # Steps that are too long for the ball make the loss oscillate.
     model, batch = build("vit", initializer_range=0.2), images()
 
     def loss(**values: Any) -> Tensor:
@@ -313,7 +313,7 @@ def test_one_misclassified_iterate_is_enough() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
-def test_the_model_is_left_as_it_was(family: str) -> None:
+def test_the_model_is_unchanged(family: str) -> None:
     model = build(family).train()
     dropout = next(module for module in model.modules() if isinstance(module, nn.Dropout))
     dropout.eval()
@@ -330,7 +330,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (gradients[name] is None)
         assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
-    # What the result holds keeps no graph alive.
+    # The result keeps no graph alive.
     tensors = [result.perturbation, result.loss, *result.inputs.values()]
     assert not any(tensor.requires_grad for tensor in tensors)
 
@@ -371,7 +371,7 @@ def test_a_half_precision_model_is_attacked_in_float32(family: str) -> None:
     assert (result.loss >= result.clean_loss).all() and (result.loss > result.clean_loss).any()
 
 
-def test_draws_come_from_the_global_generator() -> None:
+def test_random_starts_come_from_the_global_generator() -> None:
     model, batch = build("vit"), images()
     first, again, other = (
         torch.manual_seed(seed) and attack_batch(model, batch, Attack(), DIGITS) for seed in (1, 1, 2)
@@ -383,7 +383,7 @@ def test_draws_come_from_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_defaults_are_the_usual_ones() -> None:
+def test_defaults_are_the_common_ones() -> None:
     attack = Attack()
     assert (attack.norm, attack.epsilon, attack.steps) == ("linf", 8 / 255, 10)
     assert attack.step_size == pytest.approx(2 / 255)
@@ -417,7 +417,7 @@ def test_a_processor_that_does_not_rescale_gets_pixels() -> None:
 
 
 def test_processors_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(TypeError, match="Expected an image processor .* got dict.*Give Normalization"):
+    with pytest.raises(TypeError, match="Expected a Transformers image processor, got dict.*Pass Normalization"):
         Normalization.from_processor({})
     processor = ViTImageProcessorPil()
     processor.rescale_offset = True
@@ -427,7 +427,7 @@ def test_processors_that_cannot_be_read_are_refused() -> None:
 
 @pytest.mark.parametrize("values", [((0.5,), (0.0,)), ((0.5,), (0.5, 0.5)), ((math.nan,), (1.0,)), ((), ())])
 def test_bad_normalizations_are_refused(values: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="one finite number per channel each, `std` above 0, got"):
+    with pytest.raises(ValueError, match="one finite number per channel, `std` positive, got"):
         Normalization(*values)
 
 
@@ -443,7 +443,7 @@ def test_bad_normalizations_are_refused(values: tuple[Any, Any]) -> None:
         ({"steps": 2.5}, "`steps` must be an integer >= 1, got 2.5"),
         ({"random_start": 1}, "`random_start` must be True or False, got 1"),
         ({"restarts": 0}, "`restarts` must be an integer >= 1.*got 0"),
-        ({"restarts": 2, "random_start": False}, "`restarts` must be .*1 where random_start is False, got 2"),
+        ({"restarts": 2, "random_start": False}, "`restarts` must be .*1 if random_start is False, got 2"),
     ],
 )
 def test_bad_attacks_are_refused(values: dict[str, Any], message: str) -> None:
@@ -451,7 +451,7 @@ def test_bad_attacks_are_refused(values: dict[str, Any], message: str) -> None:
         Attack(**values)
 
 
-def test_a_ball_of_no_size_cannot_be_scaled() -> None:
+def test_an_attack_with_epsilon_zero_cannot_be_scaled() -> None:
     with pytest.raises(ValueError, match="epsilon=0 cannot be scaled"):
         Attack(epsilon=0.0).scaled_to(0.1)
 
@@ -459,11 +459,11 @@ def test_a_ball_of_no_size_cannot_be_scaled() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": None}, r"must hold `labels`, one integer per sample, shape \(B,\), got None"),
-        ({"labels": torch.rand(8)}, r"must hold `labels`.* got \(8,\) of torch.float32"),
-        ({"labels": torch.zeros(8, 2, dtype=torch.long)}, r"must hold `labels`.* got \(8, 2\)"),
-        ({"labels": torch.full((8,), 2)}, "`labels` must be classes from 0 to 1.*got 2 to 2"),
-        ({"labels": torch.full((8,), -100)}, "`labels` must be classes from 0 to 1.*got -100 to -100"),
+        ({"labels": None}, r"must contain `labels`, one integer per sample, shape \(B,\), got None"),
+        ({"labels": torch.rand(8)}, r"must contain `labels`.* got \(8,\) of torch.float32"),
+        ({"labels": torch.zeros(8, 2, dtype=torch.long)}, r"must contain `labels`.* got \(8, 2\)"),
+        ({"labels": torch.full((8,), 2)}, "`labels` must be in 0 … 1, .*got 2 to 2"),
+        ({"labels": torch.full((8,), -100)}, "`labels` must be in 0 … 1, .*got -100 to -100"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"logits of shape \(8, 2\) for 3 labels"),
         ({"pixel_values": 4 * torch.rand(8, 1, 8, 8)}, r"gives pixels from .* expected \[0, 1\]"),
         ({"pixel_values": torch.full((8, 1, 8, 8), math.nan)}, "gives pixels from nan"),
@@ -475,20 +475,18 @@ def test_bad_batches_are_refused(change: dict[str, Any], message: str) -> None:
         attack_batch(build("vit"), images() | change, Attack(), DIGITS)
 
 
-def test_what_cannot_be_attacked_is_refused() -> None:
-    with pytest.raises(ValueError, match="Give `normalization`: Normalization.from_processor"):
+def test_unsuitable_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="Pass `normalization`: Normalization.from_processor"):
         attack_batch(build("vit"), images())
     with pytest.raises(ValueError, match=r"with 3 channels as in .* got shape \(8, 1, 8, 8\)"):
         attack_batch(build("vit"), images(), Attack(), Normalization((0.5,) * 3, (0.5,) * 3))
-    with pytest.raises(
-        ValueError, match=r"must hold `pixel_values` or `input_ids` to perturb, got \['input_values'\]"
-    ):
+    with pytest.raises(ValueError, match=r"must contain `pixel_values` or `input_ids`, got \['input_values'\]"):
         attack_batch(build("vit"), {"input_values": torch.rand(2, 100), "labels": torch.tensor([0, 1])})
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(4, 10\), got"):
         attack_batch(build("bert"), inputs("bert") | {"attention_mask": torch.ones(4, 1, 10, 10)})
 
 
-def test_models_that_are_no_classifiers_are_refused() -> None:
+def test_models_that_are_not_classifiers_are_refused() -> None:
     small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
     batch = inputs("bert")
     with pytest.raises(ValueError, match=r"BertModel returned no logits .*expected \(B, C\) with C >= 2"):
@@ -505,7 +503,7 @@ def test_broken_models_are_refused() -> None:
     model = build("vit")
     with torch.no_grad():
         model.classifier.bias[0] = math.nan
-    with pytest.raises(ValueError, match="returned logits that are NaN or infinite.*diverged"):
+    with pytest.raises(ValueError, match="returned logits with NaN or infinity.*diverged"):
         attack_batch(model, images(), Attack(), DIGITS)
 
     class Detached(LinearClassifier):
@@ -522,11 +520,11 @@ def test_broken_models_are_refused() -> None:
         def forward(self, pixel_values: Tensor) -> SimpleNamespace:
             return super().forward(pixel_values + (0 * pixel_values).sqrt())
 
-    with pytest.raises(ValueError, match="gradient .* holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="gradient .* contains NaN or infinity"):
         attack_batch(Kinked(), batch, Attack(), Normalization())
 
 
-def test_a_model_that_reads_its_token_ids_is_refused_where_that_matters() -> None:
+def test_a_model_that_reads_its_token_ids_is_refused_if_its_logits_differ() -> None:
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -538,14 +536,14 @@ def test_a_model_that_reads_its_token_ids_is_refused_where_that_matters() -> Non
     )
     model = LlamaForSequenceClassification(config).eval()
     labels = torch.arange(4) % 2
-    # It classifies by the last token, which it cannot find in embeddings that end in padding.
-    with pytest.raises(ValueError, match="gives other logits for embeddings than for their tokens.*Pad on the other"):
+    # It classifies by the last token, which cannot be found in embeddings that end in padding.
+    with pytest.raises(ValueError, match="returns different logits for embeddings than .*Pad on the other"):
         attack_batch(model, inputs("llama", padding="right") | {"labels": labels})
     result = attack_batch(model, inputs("llama", padding="left") | {"labels": labels}, Attack.pgd(epsilon=0.01))
     assert (result.loss > result.clean_loss).all()
 
 
-def test_nothing_to_attack_is_refused() -> None:
+def test_empty_batches_and_epsilons_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected at least one batch to attack, got none"):
         robust_accuracy(build("vit"), [], Attack(), DIGITS)
     with pytest.raises(ValueError, match="`epsilons` must name at least one bound"):

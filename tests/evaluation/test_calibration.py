@@ -1,4 +1,4 @@
-"""Calibration against hand-computed examples, torchmetrics and scikit-learn, and what it refuses."""
+"""Calibration metrics match hand-computed examples, torchmetrics and scikit-learn, and refuse invalid input."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_calibration_errors_agree_with_torchmetrics(count: int, classes: int, sc
     labels[::5] = logits[::5].argmax(-1)
     for num_bins in (1, 10, 15):
         for metric, norm in ((expected_calibration_error, "l1"), (maximum_calibration_error, "max")):
-            # On probabilities, because torchmetrics leaves logits alone that happen to lie in [0, 1].
+            # On probabilities, because torchmetrics takes logits in [0, 1] for probabilities.
             oracle = MulticlassCalibrationError(classes, n_bins=num_bins, norm=norm)(logits.softmax(-1), labels)
             assert metric(logits, labels, num_bins) == pytest.approx(oracle.item(), abs=1e-6)
 
@@ -140,7 +140,7 @@ def test_proper_scores_agree_with_scikit_learn(classes: int) -> None:
     assert negative_log_likelihood(logits, labels) == pytest.approx(nll, abs=1e-6)
 
 
-def test_tokens_without_a_label_count_for_nothing() -> None:
+def test_tokens_without_a_label_are_ignored() -> None:
     logits, labels = random_items(24, 5)
     expected = calibration_metrics(logits, labels)
     padded, of_padded = torch.full((4, 9, 5), math.nan), torch.full((4, 9), -100)
@@ -150,7 +150,7 @@ def test_tokens_without_a_label_count_for_nothing() -> None:
     assert calibration_metrics(own) == expected
 
 
-def test_items_may_be_reduced_in_parts_and_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_are_reduced_in_chunks_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = random_items(50, 5)
     whole = score_items(logits, labels)
     monkeypatch.setattr(items, "CHUNK_ELEMENTS", 12)  # two items at a time
@@ -177,7 +177,7 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": pad(0), "attention_mask": (pad(-100) != -100).long(), "labels": pad(-100)}
 
 
-def test_a_trainer_collects_the_items_of_a_language_model(tmp_path) -> None:
+def test_a_trainer_gathers_the_items_of_a_language_model(tmp_path) -> None:
     model = build("llama")
     texts = [torch.randint(3, VOCAB_SIZE, (length,)) for length in range(4, 11)]
     trainer = Trainer(
@@ -226,7 +226,7 @@ def test_the_temperature_by_hand() -> None:
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1.0, 1e3, 1e30])
-def test_separable_and_hopeless_items_give_a_bound_and_a_warning(
+def test_items_without_an_optimal_temperature_give_a_bound_and_a_warning(
     distance: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     logits, labels = distance * (torch.eye(3) - 1), torch.arange(3)
@@ -244,7 +244,7 @@ BAD = {
     "label_too_high": (torch.randn(2, 3), torch.tensor([0, 3]), r"labels in \[0, 3\).*got 3"),
     "label_too_low": (torch.randn(2, 3), torch.tensor([0, -1]), "got -1"),
     "float_labels": (torch.randn(2, 3), torch.tensor([0.0, 1.0]), "integer `labels`"),
-    "predicted_classes": (torch.tensor([[0, 1]]), torch.tensor([0]), "floating `logits`"),
+    "predicted_classes": (torch.tensor([[0, 1]]), torch.tensor([0]), "floating-point `logits`"),
     "nan": (torch.tensor([[0.0, math.nan]]), torch.tensor([0]), "finite logits"),
     "infinity": (torch.tensor([[0.0, -math.inf]]), torch.tensor([0]), "finite logits"),
     "empty": (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), "at least one item"),
@@ -271,10 +271,10 @@ def test_bad_input_is_refused(metric, bad: str) -> None:
         metric(logits, labels)
 
 
-def test_non_negative_logits_are_no_probabilities() -> None:
+def test_non_negative_logits_are_not_taken_for_probabilities() -> None:
     logits, labels = random_items()
     assert negative_log_likelihood(logits.relu(), labels) > 0
-    # Their sums are as near to 1 as those of rounded probabilities.
+    # Their sums are as close to 1 as those of rounded probabilities.
     assert negative_log_likelihood(logits.softmax(-1) + 0.01 / logits.shape[-1], labels) > 0
     assert negative_log_likelihood(torch.zeros(3, 1000), torch.tensor([0, 1, 2])) > 0
     assert negative_log_likelihood(logits.log_softmax(-1), labels) == pytest.approx(
@@ -282,7 +282,7 @@ def test_non_negative_logits_are_no_probabilities() -> None:
     )
 
 
-def test_a_batch_without_labels_is_no_error_among_others() -> None:
+def test_a_batch_without_labels_among_others_is_allowed() -> None:
     scores = score_items(torch.randn(2, 3, 5), torch.full((2, 3), -100))
     assert all(np.array_equal(values, torch.full((2, 3), -100.0)) for values in vars(scores).values())
 

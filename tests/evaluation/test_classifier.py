@@ -1,4 +1,4 @@
-"""A classifier's report holds what its parts measure, for images and for texts."""
+"""The evaluation of a classifier agrees with its parts, for images and texts."""
 
 import math
 from pathlib import Path
@@ -120,7 +120,7 @@ def gpt2() -> GPT2ForSequenceClassification:
 
 
 def one_by_one(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Every text alone, without its padding."""
+    """One batch per text, without padding."""
     samples = []
     for batch in batches:
         for row, mask in enumerate(batch["attention_mask"].bool()):
@@ -130,18 +130,18 @@ def one_by_one(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
 
 @pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("model", [llama(), gpt2()], ids=["llama", "gpt2"])
-def test_a_decoder_is_attacked_as_if_its_texts_came_one_by_one(model: PreTrainedModel, is_left: bool) -> None:
+def test_a_decoder_is_attacked_as_with_batch_size_1(model: PreTrainedModel, is_left: bool) -> None:
     batches = [{n: v.flip(1) if is_left and v.dim() == 2 else v for n, v in batch.items()} for batch in texts(10)]
     robustness = evaluate_classifier(model, batches, attacked_samples=8).metrics["robustness"]
     rows = [(row["epsilon"], row["accuracy"]) for row in robustness["attacks"] if row["name"] in ("none", "FGSM")]
     epsilons = [epsilon for epsilon, _ in rows]
-    # FGSM begins nowhere at random, so that no sample depends on those beside it.
+    # FGSM has no random start, so samples do not depend on the rest of the batch.
     curve = robustness_curve(model, one_by_one(batches)[:8], epsilons, Attack.fgsm(epsilons[-1]))
     assert rows == [(result.epsilon, result.accuracy) for result in curve]
     assert robustness["samples"] == 8
 
 
-def test_pixels_are_given_in_the_models_precision() -> None:
+def test_pixels_have_the_dtype_of_the_model() -> None:
     model, batches = vit(), images()
     exact = predict(model, batches)[0]
     evaluation = evaluate_classifier(model.bfloat16(), batches, attacked_samples=3, normalization=NORMALIZATION)
@@ -149,14 +149,14 @@ def test_pixels_are_given_in_the_models_precision() -> None:
     assert torch.allclose(predict(model, batches)[0], exact, atol=0.05 * exact.abs().max().item())
 
 
-def test_what_is_no_list_of_batches_is_refused() -> None:
+def test_anything_but_a_list_of_batches_is_refused() -> None:
     model, batches = vit(), images()
-    assert torch.equal(predict(model, iter(batches))[0], predict(model, batches)[0])  # Once is enough for that.
+    assert torch.equal(predict(model, iter(batches))[0], predict(model, batches)[0])  # one pass
     cases = [
         (lambda: predict(model, batches[0]), r"got one batch with \['labels', 'pixel_values'\].*\[batch\]"),
         (lambda: evaluate_classifier(model, batches[0]), "must be a list or a DataLoader of batches, got one batch"),
         (lambda: evaluate_classifier(model, iter(batches)), "got the iterator list_iterator: .*more than once"),
-        (lambda: evaluate_classifier(model, (batch for batch in batches)), r"Make it a list: list\(batches\)"),
+        (lambda: evaluate_classifier(model, (batch for batch in batches)), r"Pass list\(batches\)"),
         (lambda: predict(model, 3), "got int"),
     ]
     for call, message in cases:
@@ -164,7 +164,7 @@ def test_what_is_no_list_of_batches_is_refused() -> None:
             call()
 
 
-def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:
+def test_the_random_state_is_unchanged_and_the_seed_matters() -> None:
     model, batches = vit(), images()
     state = torch.get_rng_state()
     runs = [
@@ -176,7 +176,7 @@ def test_the_random_state_is_left_alone_and_the_seed_counts() -> None:
 
 
 @pytest.mark.parametrize("samples", [12, 150])
-def test_attention_is_measured_on_as_many_samples_whatever_the_size_of_a_batch(samples: int) -> None:
+def test_attention_is_measured_on_the_same_samples_for_any_batch_size(samples: int) -> None:
     model, whole = vit(), images(samples)
     inputs = {name: torch.cat([batch[name] for batch in whole]) for name in whole[0]}
     pixels, labels = inputs["pixel_values"].split(100), inputs["labels"].split(100)
@@ -197,15 +197,15 @@ def test_temperatures_come_from_the_other_half() -> None:
     assert torch.allclose(scaled[1::2] * fit_temperature(logits[::2], labels[::2]), logits[1::2])
 
 
-def test_a_half_without_a_best_temperature_leaves_scaling_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_scaling_is_omitted_if_a_half_has_no_optimal_temperature(caplog: pytest.LogCaptureFixture) -> None:
     labels = torch.arange(40) % 2
     logits = torch.nn.functional.one_hot(1 - labels, 2) * 2.0  # always wrong: no temperature is hot enough
     assert cross_fitted(logits, labels) is None
     assert cross_fitted(torch.nn.functional.one_hot(labels, 2) * 2.0, labels) is None
-    assert caplog.text == ""  # Nothing stands for it, so that there is nothing to warn of.
+    assert caplog.text == ""  # There is no bound to warn about.
 
 
-def test_samples_without_a_label_count_for_nothing() -> None:
+def test_samples_without_a_label_are_ignored() -> None:
     model, batches = vit(), images()
     whole = evaluate_classifier(model, batches[:2]).metrics
     ignored = batches[2] | {"labels": torch.full_like(batches[2]["labels"], -100)}
@@ -260,7 +260,7 @@ def test_bad_input() -> None:
     torch.nn.init.constant_(broken.classifier.weight, math.nan)
     cases = [
         (lambda: evaluate_classifier(model, []), "at least one batch"),
-        (lambda: evaluate_classifier(model, without_labels()), "must hold `labels`"),
+        (lambda: evaluate_classifier(model, without_labels()), "must contain `labels`"),
         (lambda: evaluate_classifier(broken, images()), "NaN"),
         (lambda: evaluate_classifier(model, images(), attacked_samples=3), "normalization"),
         (lambda: evaluate_classifier(model, [images()[0] | {"labels": torch.full((5,), 9)}]), r"\[0, 3\)"),

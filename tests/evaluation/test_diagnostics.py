@@ -1,4 +1,4 @@
-"""What is said about attention and gradients is true, and saying it changes nothing."""
+"""Attention statistics and gradient noise match their definitions, and measuring does not change the model."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def bert(implementation: str = "attentiondrop") -> BertForSequenceClassification
 
 
 def by_hand(weights: Tensor, queries: Tensor, first: list[int], top_k: int) -> list[float]:
-    """Query by query, of the weights `(B, Q, K)` of one head."""
+    """Per query, for the weights `(B, Q, K)` of one head."""
     rows = [
         (row.tolist(), first[sample])
         for sample in range(len(weights))
@@ -64,7 +64,7 @@ def by_hand(weights: Tensor, queries: Tensor, first: list[int], top_k: int) -> l
 
 @pytest.mark.parametrize(("mask", "first"), [(LEFT, [0, 2]), (RIGHT, [0, 0])], ids=["left", "right"])
 @pytest.mark.parametrize("implementation", ["eager", "affine_scaled", "attention_sink"])
-def test_statistics_are_those_of_the_weights(implementation: str, mask: Tensor, first: list[int]) -> None:
+def test_statistics_match_the_weights(implementation: str, mask: Tensor, first: list[int]) -> None:
     learned = {
         "affine_scaled": {"attention_reweighting": AffineScaledConfig(init="paper")},
         "attention_sink": {"attention_reweighting": AttentionSinkConfig(init=0.0)},
@@ -86,9 +86,9 @@ def test_statistics_are_those_of_the_weights(implementation: str, mask: Tensor, 
         assert statistics.total_mass.numpy() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_the_entropy_of_uniform_attention_counts_the_keys_that_queries_see() -> None:
+def test_the_uniform_entropy_counts_visible_keys() -> None:
     batch = {"input_ids": IDS, "attention_mask": RIGHT}
-    # A real token of a causal model sees itself and those before it.
+    # In a causal model a token sees itself and the tokens before it.
     seen = [position + 1 for length in RIGHT.sum(-1).tolist() for position in range(length)]
     expected = sum(map(math.log, seen)) / len(seen)
     for implementation in ("eager", "affine_scaled"):
@@ -97,7 +97,7 @@ def test_the_entropy_of_uniform_attention_counts_the_keys_that_queries_see() -> 
         assert (statistics.entropy <= statistics.uniform_entropy[:, None] + 1e-9).all()
 
 
-def test_several_batches_are_one(  # Of unequal size, so that a mean of means would differ.
+def test_several_batches_give_the_statistics_of_one(  # Of unequal size, so that a mean of means would differ.
 ) -> None:
     model = llama()
     batches = [{"input_ids": IDS[:1], "attention_mask": LEFT[:1]}, {"input_ids": IDS[1:], "attention_mask": LEFT[1:]}]
@@ -124,7 +124,7 @@ def test_a_perturbed_model_is_measured_unperturbed() -> None:
     assert torch.equal(*statistics)
 
 
-def test_every_attention_of_a_translator() -> None:
+def test_all_stacks_of_an_encoder_decoder() -> None:
     config = MarianConfig(
         vocab_size=50,
         d_model=32,
@@ -169,12 +169,12 @@ def test_gradient_noise_is_the_trace_of_the_covariance() -> None:
     assert noise.batches == 3
 
 
-def test_gradient_noise_includes_perturbations_and_leaves_the_model_alone() -> None:
+def test_gradient_noise_includes_perturbations_and_does_not_change_the_model() -> None:
     model = bert("affine_scaled").eval()
     model.bert.embeddings.word_embeddings.weight.grad = torch.ones(50, 32)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     batch = {"input_ids": IDS, "labels": torch.tensor([0, 1])}
-    assert gradient_noise(model, [batch, batch]).variance > 0  # The same batch twice: what differs is dropout.
+    assert gradient_noise(model, [batch, batch]).variance > 0  # The same batch twice: only dropout differs.
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
     assert model.bert.embeddings.word_embeddings.weight.grad.eq(1).all()
@@ -216,7 +216,7 @@ def test_callback_logs_and_does_not_change_the_training(tmp_path: Path) -> None:
     assert summary["gradient_norm_variance"] == pytest.approx(gradient_norms(norms).variance)
 
 
-def test_pixels_are_given_in_the_models_precision() -> None:
+def test_pixels_have_the_dtype_of_the_model() -> None:
     config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
     model, batch = SwinForImageClassification(config), {"pixel_values": torch.rand(1, 3, 32, 32)}
     exact = attention_statistics(model, [batch])["attentions"].means()
@@ -225,12 +225,12 @@ def test_pixels_are_given_in_the_models_precision() -> None:
     assert gradient_noise(model, labelled).variance > 0
 
 
-def test_one_batch_is_no_list_of_batches() -> None:
+def test_a_single_batch_is_refused() -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     for measure in (attention_statistics, gradient_noise):
         with pytest.raises(TypeError, match=r"got one batch with \['input_ids', 'labels'\].*\[batch\]"):
             measure(llama(), batch)
-    # They are gone through once, so that an iterator will do.
+    # One pass over the batches, so an iterator works.
     once, listed = attention_statistics(llama_ := llama(), iter([batch])), attention_statistics(llama_, [batch])
     assert torch.equal(once["attentions"].entropy, listed["attentions"].entropy)
 
@@ -240,17 +240,20 @@ def test_bad_input() -> None:
     broken = llama()
     torch.nn.init.constant_(broken.model.layers[0].self_attn.q_proj.weight, math.nan)
     cases = [
-        (lambda: attention_statistics(model, []), "There is nothing to measure"),
+        (lambda: attention_statistics(model, []), "there is nothing to measure"),
         (lambda: attention_statistics(model, [batch | {"attention_mask": torch.zeros(2, 7)}]), "nothing to measure"),
         (lambda: attention_statistics(model, [batch], top_k=0), "`top_k` must be an integer >= 1, got 0"),
         (lambda: attention_statistics(broken, [batch]), "not finite"),
         (lambda: gradient_noise(model, [batch]), "Expected a finite loss from a batch with labels"),
-        (lambda: gradient_noise(model, [batch | {"labels": IDS}]), "at least two batches, got 1"),
-        (lambda: gradient_noise(llama().requires_grad_(False), [batch]), "no weights to train"),
+        (lambda: gradient_noise(model, [batch | {"labels": IDS}]), "at least two batches for a variance, got 1"),
+        (
+            lambda: gradient_noise(llama().requires_grad_(False), [batch]),
+            "parameters with requires_grad=True, got none",
+        ),
         (lambda: gradient_norms([1.0]), "at least two gradient norms"),
         (lambda: gradient_norms([1.0, math.inf]), "all finite"),
         (lambda: DiagnosticsCallback(None, [batch], every=0), "`every` must be an integer >= 1, got 0"),
-        (lambda: DiagnosticsCallback(None, [batch], with_gradients=True), "two for the variance of gradients; got 1"),
+        (lambda: DiagnosticsCallback(None, [batch], with_gradients=True), "two for the variance of gradients, got 1"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A name that stands for nothing is refused at once, whether or not the Hub can be reached."""
+"""A name of nothing is refused immediately, with or without a reachable Hub."""
 
 import socket
 import time
@@ -19,7 +19,7 @@ from ..recipe_runs import load, refusal
 
 @pytest.fixture
 def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Hub where nobody listens, and libraries that have not been told to stay offline."""
+    """A Hub that does not listen, with libraries in online mode."""
     with socket.socket() as taken:  # but not listening
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -34,7 +34,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     "arguments",
     [["check", "nope"], ["check", "nope/nothing"], ["evaluate", "nope", "--data", "x", "--output_dir", "report"]],
 )
-def test_a_model_that_is_nowhere_is_refused_at_once(
+def test_a_missing_model_is_refused_immediately(
     arguments: list[str],
     cut_off: str,
     tmp_path: Path,
@@ -74,7 +74,7 @@ def test_a_recipe_does_not_wait_for_the_hub(
         ("squad.v2", False),
     ],
 )
-def test_a_path_that_leads_nowhere_is_never_asked_of_the_hub(
+def test_the_hub_is_not_asked_for_a_missing_path(
     name: str, is_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,7 +85,7 @@ def test_a_path_that_leads_nowhere_is_never_asked_of_the_hub(
         check_path(name, "a file")
 
 
-def test_only_a_hub_that_does_not_answer_is_taken_to_be_offline(
+def test_only_an_unreachable_hub_counts_as_offline(
     cut_off: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with offline_if_cut_off("someone/model"):
@@ -94,7 +94,7 @@ def test_only_a_hub_that_does_not_answer_is_taken_to_be_offline(
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         with offline_if_cut_off("someone/model"):
             assert not constants.is_offline_mode()
-    # What lies here needs no Hub, and none is asked.
+    # No request is made for a local path.
     monkeypatch.setattr(hub_access, "_answers", pytest.fail)
     with offline_if_cut_off(str(tmp_path)):
         assert not constants.is_offline_mode()

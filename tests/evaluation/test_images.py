@@ -1,4 +1,4 @@
-"""Images of any kind become what a classifier takes, and none of them silently white."""
+"""Images of all modes are converted to 8 bits, and none is silently clipped to white."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def test_16_bits_are_scaled_to_8(suffix: str, dtype: str, tmp_path: Path) -> Non
     assert np.array_equal(grey, LEVELS)
 
 
-def test_between_two_levels_the_nearer_one_counts() -> None:
+def test_values_are_rounded_to_the_nearest_level() -> None:
     image = Image.fromarray(np.array([[128, 129, 65535 - 129, 65535 - 128]], dtype=np.uint16))
     assert np.asarray(convert_image(image, channels=1)).tolist() == [[0, 1, 254, 255]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_8_bits_are_converted_as_by_pillow(mode: str) -> None:
+def test_8_bits_are_converted_like_pillow(mode: str) -> None:
     image = Image.fromarray(LEVELS).convert("RGB").convert(mode)
     assert np.array_equal(convert_image(image), image.convert("RGB"))
     assert np.array_equal(convert_image(image, channels=1), image.convert("L"))

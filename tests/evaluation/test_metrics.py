@@ -1,4 +1,4 @@
-"""The metric modules load by path without a network, combine, and give what scikit-learn and calibration.py give."""
+"""The metric modules load without network access, combine, and match scikit-learn and calibration.py."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from tests.models import build, inputs
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of predictions, which would otherwise stay in the user's cache."""
+    """A temporary cache, so that predictions do not stay in the user's cache."""
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
 
 

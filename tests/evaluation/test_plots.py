@@ -1,4 +1,4 @@
-"""Each plot shows what it was given, also at the extremes, touches no global state, and refuses bad input."""
+"""Plots show their data, including extremes, touch no global state, and refuse invalid input."""
 
 import io
 import math
@@ -68,7 +68,7 @@ def text_of(figure: Figure) -> str:
 
 
 def numbers_along(axes: Axes) -> list[Text]:
-    """The numbers that are to be seen along the horizontal axis."""
+    """The visible tick labels of the horizontal axis."""
     if not axes.xaxis.get_tick_params().get("labelbottom"):
         return []
     low, high = axes.get_xlim()
@@ -77,13 +77,13 @@ def numbers_along(axes: Axes) -> list[Text]:
 
 
 def lettering(figure: Figure) -> list[Text]:
-    """The title, the axes' names and the legend."""
+    """The title, the axis labels and the legend."""
     names = [label for ax in figure.axes for label in (ax.xaxis.label, ax.yaxis.label)]
     return [figure._suptitle, *names, *(text for legend in figure.legends for text in legend.get_texts())]
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_a_plot_is_600_pixels_wide_legible_and_the_same_each_time(name: str) -> None:
+def test_a_plot_is_600_pixels_wide_legible_and_deterministic(name: str) -> None:
     figure = PLOTS[name]()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -132,7 +132,7 @@ def test_the_robustness_curve_shows_each_attack_in_pixel_levels() -> None:
     assert line.get_xdata().tolist() == pytest.approx([0, 8]) and line.get_ydata().tolist() == [0.9, 0.4]
     assert other.get_ydata().tolist() == [0.9]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FGSM", "PGD"]
-    assert line.get_linewidth() > other.get_linewidth()  # so that curves which coincide are all seen
+    assert line.get_linewidth() > other.get_linewidth()  # coinciding curves stay visible
     assert "n = 50 samples" in text_of(figure) and "1/255" in text_of(figure)
     assert "255" not in text_of(robust_accuracy_curve({"FGSM": {0.1: 0.4}}, 50, in_pixels=False))
 
@@ -178,13 +178,13 @@ def test_the_curves_of_a_real_run(tmp_path: Path) -> None:
     history = trainer.state.log_history
     assert lines["task loss"].get_ydata().tolist() == [entry["task_loss"] for entry in history if "task_loss" in entry]
     assert lines["training loss"].get_xdata().tolist() == [1, 2, 3, 4]
-    # So that both are seen where they coincide.
+    # Both stay visible if they coincide.
     assert lines["training loss"].get_linewidth() > 2 * lines["task loss"].get_linewidth()
     assert lines["evaluation loss"].get_xdata().tolist() == [2, 4]
     assert term.get_lines()[0].get_ydata().tolist() == [e["consistency_loss"] for e in history if "task_loss" in e]
 
 
-def test_heads_that_a_layer_does_not_have_stay_empty() -> None:
+def test_cells_of_missing_heads_stay_empty() -> None:
     axes = attention_entropy_map([[1.0, math.nan], [0.5, 2.0]], num_queries=1).axes[0]
     assert [text.get_text() for text in axes.texts] == ["1.00", "", "0.50", "2.00"]
     assert "n = 1 query" in axes.figure.get_suptitle()
@@ -196,7 +196,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 
 
 @pytest.mark.slow
-def test_pyplot_is_not_involved_and_matplotlib_is_imported_late() -> None:
+def test_pyplot_is_not_used_and_matplotlib_is_imported_late() -> None:
     program = """
 import sys
 from hf_attentiondrop.evaluation.plots import attention_entropy_map
@@ -220,7 +220,7 @@ EMPTY = ReliabilityBins(*[torch.empty(0)] * 5)
 BAD = {
     "no_bins": (lambda: reliability_diagram(EMPTY), "bins with items"),
     "no_attack": (lambda: robust_accuracy_curve({}, 5), "at least one attack"),
-    "no_strength": (lambda: robust_accuracy_curve({"PGD": {}}, 5), "at least one attack"),
+    "no_epsilon": (lambda: robust_accuracy_curve({"PGD": {}}, 5), "at least one attack"),
     "no_samples": (lambda: robust_accuracy_curve({"PGD": {0: 1.0}}, 0), "one sample"),
     "percent": (lambda: robust_accuracy_curve({"PGD": {0: 93.0}}, 5), r"accuracies in \[0, 1\], got 93.0"),
     "nan_accuracy": (lambda: robust_accuracy_curve({"PGD": {0: math.nan}}, 5), "got nan"),

@@ -1,6 +1,6 @@
-"""Classification metrics as modules of the `evaluate` library, which loads them from here without a network.
+"""Classification metrics as modules of the `evaluate` library, loaded without network access.
 
-All of them take logits as predictions and classes as references, so that they combine:
+All take logits as predictions and classes as references, so they can be combined:
 
     metrics = evaluate.combine([load_metric("accuracy"), load_metric("expected_calibration_error")])
     metrics.compute(predictions=logits, references=labels)
@@ -26,7 +26,7 @@ METRICS = (
 def metric_path(name: str) -> str:
     """The file of a metric, for `evaluate.load` and `evaluate.combine`.
 
-    A bare name such as `"accuracy"` would make `evaluate` look for its own metric on the Hub.
+    With a bare name such as `"accuracy"`, `evaluate` would load another metric from the Hub.
 
     Args:
         name (`str`):
@@ -34,27 +34,27 @@ def metric_path(name: str) -> str:
             `"negative_log_likelihood"`.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for any other name.
     """
     if name not in METRICS:
-        raise ValueError(f"The metric must be one of {METRICS}, got {name!r}.")
+        raise ValueError(f"`name` must be one of {METRICS}, got {name!r}.")
     return str(Path(__file__).with_name(f"{name}.py"))
 
 
 def load_metric(name: str, **kwargs: object) -> "evaluate.Metric":
-    """Loads a metric, with no network.
+    """Loads a metric without network access.
 
     Args:
         name (`str`): see [`metric_path`].
-        kwargs: for `evaluate.load`, such as `experiment_id` where several processes write to one folder.
+        kwargs: passed to `evaluate.load`, such as `experiment_id` if several processes write to one folder.
 
     Returns:
-        `evaluate.Metric`: takes `predictions`, the logits `(N, C)`, and `references`, the classes `(N,)`, where items
-        of class -100 count for nothing.
+        `evaluate.Metric`: takes `predictions`, the logits `(N, C)`, and `references`, the classes `(N,)`; items of
+        class -100 are ignored.
 
     Raises:
         ValueError: for an unknown name.
-        ImportError: where `evaluate` or scikit-learn is not installed.
+        ImportError: if `evaluate` or scikit-learn is missing.
     """
     try:
         import evaluate

@@ -7,7 +7,7 @@ from hf_attentiondrop.evaluation.metrics.base import LogitsMetric, Options
 
 
 class Accuracy(LogitsMetric):
-    """Share of the items whose highest logit is that of the right class, in [0, 1]."""
+    """Fraction of the items whose highest logit is that of the right class, in [0, 1]."""
 
     def score(self, logits: Tensor, labels: Tensor, options: Options) -> float:
         return accuracy_score(labels, logits.argmax(-1))

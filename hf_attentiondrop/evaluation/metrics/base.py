@@ -1,4 +1,4 @@
-"""What the metric modules share: one input format, its checks, and one set of options."""
+"""The base class of the metric modules: input format, validation and options."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from hf_attentiondrop.evaluation.items import check_not_empty, select_items
 AVERAGES = ("macro", "micro", "weighted", "binary")
 INPUTS = """
 Args:
-    predictions: logits of the classes, `(N, C)`; neither probabilities nor predicted classes.
-    references: numbers of the right classes, `(N,)`; items of class -100 count for nothing.
+    predictions: logits, `(N, C)`; neither probabilities nor predicted classes.
+    references: class numbers, `(N,)`; items of class -100 are ignored.
     average (`str`, defaults to `"macro"`): how F1 is averaged over the classes, as in scikit-learn.
     num_bins (`int`, defaults to 15): number of bins of the calibration error.
 """
@@ -24,7 +24,7 @@ Args:
 
 @dataclass(frozen=True)
 class Options:
-    """What `compute` may be given. Combined metrics hand every option to each metric, which uses its own.
+    """The options of `compute`. Combined metrics pass all options to each metric, which ignores those of the others.
 
     Args:
         average (`str`, defaults to `"macro"`): `"macro"`, `"micro"`, `"weighted"` or `"binary"`, for F1.
@@ -42,12 +42,12 @@ class Options:
 class LogitsMetric(evaluate.Metric, ABC):
     """A metric of logits and labels.
 
-    It must stay abstract: `evaluate` takes the first concrete metric among the names of a module for the module's own.
+    It must stay abstract: `evaluate` loads the first concrete metric class in the namespace of a module.
     """
 
     @abstractmethod
     def score(self, logits: Tensor, labels: Tensor, options: Options) -> float:
-        """The metric of checked items: logits `(N, C)` and labels `(N,)`."""
+        """The metric of validated logits `(N, C)` and labels `(N,)`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

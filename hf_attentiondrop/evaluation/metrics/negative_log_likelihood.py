@@ -7,7 +7,7 @@ from hf_attentiondrop.evaluation.metrics.base import LogitsMetric, Options
 
 
 class NegativeLogLikelihood(LogitsMetric):
-    """Mean of -log p(right class), in nats."""
+    """Mean of `-log p(right class)`, in nats."""
 
     def score(self, logits: Tensor, labels: Tensor, options: Options) -> float:
         return calibration.negative_log_likelihood(logits, labels)
