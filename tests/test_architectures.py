@@ -5,6 +5,7 @@ All other dropout is 0 here, so that whatever is random or differs in training i
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,16 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from docs.generate_support_table import support_document
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
+from hf_attentiondrop import AffineScaledConfig, configure, report
 from hf_attentiondrop.methods.method import Perturbation
 
 from .architectures import ABSENT, ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
+from .methods import idle_examples, one_example_each
 
 
 EVERYWHERE = {"attentions": ("encoder_self", "decoder_self", "cross")}
-HARD = AttentionDropConfig(variant="hard", p=0.5, k=3, **EVERYWHERE)
-BLUR = AttentionDropConfig(variant="blur", sigma_max=2.0, **EVERYWHERE)
-
-# So rarely hit, and so little blurred, that nothing happens.
-IDLE = [
-    AttentionDropConfig(variant="hard", p=1e-9, fill="mask", **EVERYWHERE),
-    AttentionDropConfig(variant="hard", p=1e-9, fill="zero", **EVERYWHERE),
-    AttentionDropConfig(variant="blur", sigma_max=1e-3, **EVERYWHERE),
-]
+PERTURBATIONS = one_example_each()
+IDLE = [replace(idle, **EVERYWHERE) for idle in idle_examples()]
 
 # Between eager and SDPA stock Transformers itself differs by up to 3e-6 here.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -77,7 +72,12 @@ def _cases(names: list[str]) -> Any:
 
 
 def _variants(names: list[str]) -> Any:
-    cases = [_case(name, drop) for name in names for drop in (HARD, BLUR) if drop is HARD or name not in SOFTCAPPED]
+    cases = [
+        _case(name, drop)
+        for name in names
+        for drop in PERTURBATIONS.values()
+        if drop.variant != "blur" or name not in SOFTCAPPED
+    ]
     return pytest.mark.parametrize(("name", "drop"), cases)
 
 
@@ -146,7 +146,7 @@ def test_what_cannot_work_is_refused_when_built(name: str) -> None:
 
 @_cases(SUPPORTED)
 def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
-    stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=HARD).eval()
+    stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=PERTURBATIONS["hard"]).eval()
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
     # Before Transformers 5.21 SDPA leaves out the cap of the scores, in silence.
@@ -160,7 +160,7 @@ def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
 @_cases(SUPPORTED)
 def test_training_without_a_hit_is_eager_training(name: str) -> None:
     """Bias, softcap, sinks and masks of every kind are still there in the attention that perturbs."""
-    model = _trained_with(name, HARD)
+    model = _trained_with(name, PERTURBATIONS["hard"])
     inputs = tiny_inputs(name, model)
     expected = _run(build(name, "eager").train(), inputs)
     for drop in IDLE:
@@ -175,7 +175,7 @@ def test_training_without_a_hit_is_eager_training(name: str) -> None:
 @_cases(SOFTCAPPED)
 def test_blur_of_capped_scores_is_refused_when_the_model_is_built(name: str) -> None:
     with pytest.raises(ValueError, match="blur.*softcap"):
-        _trained_with(name, BLUR)
+        _trained_with(name, PERTURBATIONS["blur"])
 
 
 @_variants(SUPPORTED)
@@ -249,7 +249,7 @@ def test_what_cannot_be_reweighted_stops(name: str) -> None:
 @_cases(SUPPORTED)
 def test_kinds_are_what_happens(name: str) -> None:
     """Cross-attention is where the keys come from elsewhere, and whatever generates has a decoder."""
-    model = _trained_with(name, HARD)
+    model = _trained_with(name, PERTURBATIONS["hard"])
     given_other_states = {}
 
     def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

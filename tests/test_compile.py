@@ -8,21 +8,17 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
+from hf_attentiondrop import AffineScaledConfig, configure, report
 from hf_attentiondrop.methods import hard
 
+from .methods import examples
 from .models import build, enable_checkpointing, inputs, require_one_graph
 
 
-DROPS = {
-    "hard_mask": AttentionDropConfig(p=0.5, k=3),
-    "hard_zero": AttentionDropConfig(p=0.5, k=3, fill="zero"),
-    "hard_share": AttentionDropConfig(p=0.5, k=0.3),
-    "blur": AttentionDropConfig(variant="blur", sigma_max=1.5),
-}
+DROPS = examples()
 
 
-# One case of each mechanism: a perturbation in a graph, one in blocks, another strength, and checkpointing.
+# One case of each mechanism: a perturbation in a graph, one in blocks, another scheduled value, and checkpointing.
 pytestmark = pytest.mark.quick(
     "test_training_compiles_in_one_graph_and_counts[llama-hard_mask]",
     "test_training_compiles_in_one_graph_and_counts[vit-hard_zero]",
@@ -42,7 +38,7 @@ def fresh_compiler() -> None:
 @pytest.mark.parametrize(
     ("family", "variant"),
     [
-        *itertools.product(["bert", "vit", "marian", "llama"], ["hard_mask", "hard_zero", "blur"]),
+        *itertools.product(["bert", "vit", "marian", "llama"], [name for name in DROPS if name != "hard_share"]),
         ("llama", "hard_share"),
     ],
 )
@@ -72,24 +68,23 @@ def check_one_graph(family: str, variant: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1, "a count or a draw made the model compile again"
 
 
-@pytest.mark.parametrize("variant", ["hard_mask", "hard_zero", "blur"])
+@pytest.mark.parametrize("variant", [name for name in DROPS if name != "hard_share"])
 @pytest.mark.parametrize("family", ["llama", "marian"])
 def test_a_schedule_does_not_compile_again(family: str, variant: str) -> None:
     require_one_graph(family)
     drop = DROPS[variant]
-    name = "sigma_max" if drop.variant == "blur" else "p"
     model, batch = build(family, dropout=False, attention_drop=drop).train(), inputs(family)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for strength in (0.1, 0.9, 0.5):
-        configure(model, replace(drop, **{name: strength}))
+    for value in (0.1, 0.9, 0.5):
+        configure(model, replace(drop, **{drop.scheduled: value}))
         torch.manual_seed(0)
         wanted = model(**batch).loss
         torch.manual_seed(0)
         torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
-        fresh = build(family, dropout=False, attention_drop=replace(drop, **{name: strength})).train()
+        fresh = build(family, dropout=False, attention_drop=replace(drop, **{drop.scheduled: value})).train()
         torch.manual_seed(0)
         torch.testing.assert_close(fresh(**batch).loss, wanted, rtol=0, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 1, "another strength made the model compile again"
+    assert counters["stats"]["unique_graphs"] == 1, "another value made the model compile again"
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

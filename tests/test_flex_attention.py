@@ -11,8 +11,9 @@ from hf_attentiondrop.functional import hard_attention
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard
 
+from .attention import make_module
 from .cases import CASES_BY_NAME
-from .test_attention import VARIANTS, make_module
+from .methods.test_hard import EXAMPLES
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,7 @@ def test_it_is_taken_for_what_it_can_carry(
     case = replace(CASES_BY_NAME[name], queries=length, keys=length)
     tensors = case.tensors(options.pop("dtype", torch.float32), head_dim=size)
     mask = case.mask() if case.mask() is None or case.mask().dtype == torch.bool else case.mask().float()
-    drop = replace(VARIANTS["hard_mask"], k=options.pop("k", 3))
+    drop = replace(EXAMPLES["hard_mask"], k=options.pop("k", 3))
     attention_drop_forward(make_module(case, drop), *tensors, mask, **options)
     assert len(calls) == is_taken
 
@@ -60,12 +61,12 @@ def test_it_is_left_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hard, "HAS_TRITON", False)
     monkeypatch.setattr(hard, "flex_hard_attention", None)
     case = CASES_BY_NAME["none"]
-    attention_drop_forward(make_module(case, VARIANTS["hard_mask"]), *case.tensors(torch.float32, 16), None)
+    attention_drop_forward(make_module(case, EXAMPLES["hard_mask"]), *case.tensors(torch.float32, 16), None)
 
 
 def test_it_compiles_into_one_graph(flex_attention: None) -> None:
     case = replace(CASES_BY_NAME["grouped_queries_padding"], batch_size=1)
-    module = make_module(case, VARIANTS["hard_mask"])
+    module = make_module(case, EXAMPLES["hard_mask"])
     mask = case.mask()[:1].to(DEVICE)
     tensors = [tensor[:1].to(DEVICE).requires_grad_() for tensor in case.tensors(torch.float32, 16)]
 

@@ -11,11 +11,15 @@ from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.functional import draw_ranks, flex_hard_attention, hard_attention, num_visible_keys
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods.method import Perturbation
 
+from .attention import make_module, position_bias
 from .cases import CASES, CASES_BY_NAME, AttentionCase
+from .methods import examples, idle_examples
 from .models import build, enable_checkpointing, inputs
-from .test_attention import VARIANTS, make_module, position_bias
 
+
+EXAMPLES = examples()
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,12 +27,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("idle", idle_examples(), ids=lambda idle: idle.summary)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_idle_perturbation_equals_the_cpu(case: AttentionCase, variant: str) -> None:
-    """The generators of the two devices differ, so the perturbation is one that leaves everything as it is."""
-    drop = VARIANTS[variant]
-    idle = replace(drop, p=1e-12) if drop.variant == "hard" else replace(drop, sigma_max=1e-9)
+def test_idle_perturbation_equals_the_cpu(case: AttentionCase, idle: Perturbation) -> None:
+    """The generators of the two devices differ, so the perturbation is one that changes nothing."""
     results = []
     for device in ("cpu", "cuda"):
         module = make_module(case, idle)
@@ -44,10 +46,10 @@ def test_idle_perturbation_equals_the_cpu(case: AttentionCase, variant: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EXAMPLES)
 @pytest.mark.parametrize("family", ["bert", "vit", "marian", "llama"])
 def test_models_train_in_half_precision(family: str, variant: str, dtype: torch.dtype) -> None:
-    model = build(family, attention_drop=VARIANTS[variant]).cuda().train()
+    model = build(family, attention_drop=EXAMPLES[variant]).cuda().train()
     batch = {name: tensor.cuda() for name, tensor in inputs(family).items()}
     with torch.autocast("cuda", dtype=dtype):
         loss = model(**batch).loss

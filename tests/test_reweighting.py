@@ -3,6 +3,7 @@
 Weights are random and the average is not 1 in every comparison: at the identity a mistake in the bias would not show.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,26 +19,17 @@ from hf_attentiondrop.integration.functions import reweighted_attention_forward
 from hf_attentiondrop.methods.method import Dimensions, LearnedMethod, Perturbation
 
 from . import reference
+from .attention import defined, make_module, position_bias
 from .cases import CASES, CASES_BY_NAME, AttentionCase
+from .methods import examples
 from .models import enable_checkpointing
-from .test_attention import VARIANTS, expected, make_module, position_bias
 
 
 HIDDEN_SIZE, HEAD_DIM = 12, 8
 NOTHING = AttentionDropConfig(p=0.0)
-AFFINE = {
-    "default": AffineScaledConfig(),
-    "keys": AffineScaledConfig(bias_length="keys", momentum=0.5),
-    "sigmoid": AffineScaledConfig(activation="sigmoid"),
-    "paper": AffineScaledConfig(init="paper"),
-    "gate": AffineScaledConfig(activation="sigmoid", init="paper", bias_length="keys", gate=True),
-}
-REWEIGHTINGS = {
-    **AFFINE,
-    "sink": AttentionSinkConfig(init=-0.5),
-    "gate_alone": GatedAttentionConfig(),
-    "gate_paper": GatedAttentionConfig(init="paper"),
-}
+LEARNED = examples(LearnedMethod)
+AFFINE = {name: example for name, example in LEARNED.items() if isinstance(example, AffineScaledConfig)}
+PERTURBED = examples()
 
 
 def make_reweighted(
@@ -80,7 +72,8 @@ def definition(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and weights as the definition has them."""
     sinks = parameters["weight"] if isinstance(config, AttentionSinkConfig) else None
-    output, weights = expected(case, drop, *tensors, sinks=sinks, dropout=dropout)
+    perturbed = defined(case, [drop] if drop.is_active else [], *tensors)
+    output, weights = replace(perturbed, scale=torch.ones(1)).attend(sinks=sinks, dropout=dropout)
     gate = parameters.get("gate.weight")
     if isinstance(config, GatedAttentionConfig):
         gate = parameters["weight"]
@@ -97,7 +90,7 @@ def definition(
     if gate is not None:
         factor = 1.0 if config.init == "paper" else 2.0
         output = output * factor * torch.sigmoid(states @ gate.T).view_as(output)
-    return output, weights
+    return output * perturbed.scale.transpose(1, 2), weights * perturbed.scale
 
 
 def run(
@@ -133,19 +126,19 @@ def compare(module: nn.Module, case: AttentionCase, drop: Perturbation, dropout:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", REWEIGHTINGS)
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_definition_forward_and_backward(case: AttentionCase, name: str, training: bool) -> None:
-    compare(make_reweighted(case, REWEIGHTINGS[name]).train(training), case, NOTHING)
+    compare(make_reweighted(case, LEARNED[name]).train(training), case, NOTHING)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PERTURBED)
 @pytest.mark.parametrize("name", ["default", "gate", "sink"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_drop_acts_below_in_training(case: AttentionCase, name: str, variant: str) -> None:
-    drop = VARIANTS[variant]
+    drop = PERTURBED[variant]
     dropout = 0.1 if name != "sink" else 0.0  # The sink's own column of the dropout mask is not in the definition.
-    module = make_reweighted(case, REWEIGHTINGS[name], drop)
+    module = make_reweighted(case, LEARNED[name], drop)
     compare(module, case, drop, dropout)
     assert module.attention_drop_state.calls == 1
     compare(module.eval(), case, NOTHING)
@@ -154,19 +147,19 @@ def test_attention_drop_acts_below_in_training(case: AttentionCase, name: str, v
 
 def test_without_an_entry_attention_is_not_perturbed() -> None:
     case = CASES_BY_NAME["causal_without_mask"]
-    module = make_reweighted(case, AFFINE["default"], VARIANTS["hard_mask"])
+    module = make_reweighted(case, AFFINE["default"], PERTURBED["hard_mask"])
     module.config.attention_drop = None
     compare(module, case, NOTHING)
     assert module.attention_drop_state.calls == 0
 
 
-@pytest.mark.parametrize("name", REWEIGHTINGS)
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize(
     "case_name", ["none", "causal_without_mask", "padding_left", "masks_per_head_grouped", "cached_one_query"]
 )
 def test_returned_weights_are_the_ones_used(case_name: str, name: str) -> None:
     case = CASES_BY_NAME[case_name]
-    module = make_reweighted(case, REWEIGHTINGS[name], module_class=Gemma2Attention).eval()
+    module = make_reweighted(case, LEARNED[name], module_class=Gemma2Attention).eval()
     states, tensors = states_of(case), case.tensors()
     parameters = module.reweighting.state_dict()
     output, weights = run(module, case, states, *tensors, output_attentions=True)
@@ -181,7 +174,7 @@ def test_returned_weights_are_the_ones_used(case_name: str, name: str) -> None:
 @pytest.mark.parametrize("case_name", ["causal_padding_left", "arbitrary", "grouped_queries", "blind"])
 def test_half_precision_is_finite_and_close(case_name: str, name: str, dtype: torch.dtype) -> None:
     case = CASES_BY_NAME[case_name]
-    module = make_reweighted(case, REWEIGHTINGS[name], dtype=dtype).eval()
+    module = make_reweighted(case, LEARNED[name], dtype=dtype).eval()
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (states_of(case), *case.tensors())]
     output, _ = run(module, case, *leaves)
     parameters = {key: tensor.double() for key, tensor in module.reweighting.state_dict().items()}
@@ -298,7 +291,7 @@ def test_missing_and_misplaced_states_are_refused() -> None:
 def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
     """The sink's own column of the dropout mask is not in the definition, so no single draw can be compared."""
     case = next(case for case in CASES if "causal" in case.name)
-    module = make_reweighted(case, REWEIGHTINGS["sink"])
+    module = make_reweighted(case, LEARNED["sink"])
     leaves = (states_of(case), *case.tensors())
     expected, _ = run(module, case, *leaves)
     draws = torch.stack([run(module, case, *leaves, dropout=0.5)[0] for _ in range(2000)])

@@ -1,6 +1,7 @@
 """Whole models in training: they learn, leak nothing, and draw samples, layers and calls independently."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,16 +9,17 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_attentiondrop import AttentionDropConfig, report
+from hf_attentiondrop import report
 
+from .methods import examples
 from .models import build, inputs
 
 
 ALL_KINDS = ["encoder_self", "decoder_self", "cross"]
 DROPS = {
-    "hard_mask": AttentionDropConfig(p=0.3, k=3, attentions=ALL_KINDS),
-    "hard_zero": AttentionDropConfig(p=0.3, k=3, fill="zero", attentions=ALL_KINDS),
-    "blur": AttentionDropConfig(variant="blur", sigma_max=1.5, attentions=ALL_KINDS),
+    name: replace(example, attentions=ALL_KINDS)
+    for name, example in examples().items()
+    if name != "hard_share"  # As hard_mask, for what is tested here.
 }
 FAMILIES = ["bert", "vit", "marian", "llama"]
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import Trainer
 
-from ..integration.implementations import FUNCTIONS
 from ..attention.modules import attention_modules
+from ..integration.implementations import FUNCTIONS
 from .alignment import LabelAlignment
 
 

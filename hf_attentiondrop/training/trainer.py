@@ -17,6 +17,7 @@ from .arguments import CONSISTENCY_DEFAULTS, resolve_consistency
 from .batch import ConsistencyBatch
 from .card import consistency_card
 from .checks import check_trainer, warn_without_method, warn_without_randomness
+from .dropconnect import dropconnect_card, dropconnect_of
 from .losses import NO_DIVERGENCE
 from .outputs import ForwardRecorder
 
@@ -144,12 +145,18 @@ class ConsistencyTrainerMixin(TrainerBase):
 
     @property
     def method_cards(self) -> tuple[MethodCard, ...]:
-        """The card of the consistency term, if the training used it: weight above 0, and the two passes differed in
-        some logged step or nothing was logged."""
+        """The cards of the methods of this training that do not act on attention.
+
+        That of the consistency term needs a weight above 0, and two passes that differed in some logged step, if any
+        was logged.
+        """
+        cards = []
         logged = [entry["consistency_loss"] for entry in self.state.log_history if "consistency_loss" in entry]
-        if self.args.consistency_weight <= 0 or (logged and max(logged) <= NO_DIVERGENCE):
-            return ()
-        return (consistency_card(resolve_consistency(self.args)),)
+        if self.args.consistency_weight > 0 and (not logged or max(logged) > NO_DIVERGENCE):
+            cards.append(consistency_card(resolve_consistency(self.args)))
+        if (p := dropconnect_of(self._core_model)) is not None:
+            cards.append(dropconnect_card(p))
+        return tuple(cards)
 
     @property
     def _core_model(self) -> nn.Module:

@@ -1,0 +1,6 @@
+"""Gated Attention: the settings that it is tested with, in tests/test_reweighting.py."""
+
+from hf_attentiondrop import GatedAttentionConfig
+
+
+EXAMPLES = {"gate_alone": GatedAttentionConfig(), "gate_paper": GatedAttentionConfig(init="paper")}
