@@ -155,7 +155,7 @@ def has_answers(inputs: Mapping[str, Any]) -> bool:
 
 def _has_fused_head(model: nn.Module) -> bool:
     """True if TRL replaced the forward of the model by one that accepts `fused_lm_head=True`. That forward returns
-    the log-probabilities of the next tokens, whatever the loss of the model does."""
+    the log-probabilities of the next tokens, independent of the loss of the model."""
     forward = vars(model).get("forward")
     return any("fused_lm_head" in function.__code__.co_varnames for function in _wrapped_functions(forward))
 
