@@ -73,7 +73,7 @@ def definition(
     """Output and weights as the definition has them."""
     sinks = parameters["weight"] if isinstance(config, AttentionSinkConfig) else None
     perturbed = defined(case, [drop] if drop.is_active else [], *tensors)
-    output, weights = replace(perturbed, scale=torch.ones(1)).attend(sinks=sinks, dropout=dropout)
+    output, weights = replace(perturbed, scale=torch.ones(1, 1, 1, 1)).attend(sinks=sinks, dropout=dropout)
     gate = parameters.get("gate.weight")
     if isinstance(config, GatedAttentionConfig):
         gate = parameters["weight"]

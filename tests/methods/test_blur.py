@@ -23,14 +23,6 @@ def reference(blur: BlurredSmoothing, definition: Definition) -> Definition:
     case = definition.case
     sigma = blur.sigma_max * torch.rand(case.batch_size, dtype=torch.float64)
     scores = definitions.blurred_scores(definition.scores, case.own_view, sigma, blur.width)
-    if case.name == "static_prefill":  # SDPA leaves the empty tail of a static cache out before it draws dropout.
-        shown = slice(case.queries)
-        return replace(
-            definition,
-            scores=scores[..., shown],
-            visible=definition.visible[..., shown],
-            value=definition.value[:, :, shown],
-        )
     return replace(definition, scores=scores)
 
 
