@@ -17,6 +17,7 @@ from .methods import (  # noqa: E402
     AffineScaledConfig,
     AttentionSinkConfig,
     BlurredSmoothing,
+    DropHead,
     GatedAttentionConfig,
     HardMasking,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "BlurredSmoothing",
     "ConsistencyArguments",
     "ConsistencyTrainerMixin",
+    "DropHead",
     "GatedAttentionConfig",
     "HardMasking",
     "Report",

@@ -3,6 +3,7 @@
 from .affine_scaled import AffineScaledConfig
 from .attention_sink import AttentionSinkConfig
 from .blur import BlurredSmoothing
+from .drophead import DropHead
 from .gated_attention import GatedAttentionConfig
 from .hard import HardMasking
 from .method import LearnedMethod, Method, Perturbation
@@ -11,6 +12,7 @@ from .method import LearnedMethod, Method, Perturbation
 METHODS: tuple[type[Method], ...] = (
     HardMasking,
     BlurredSmoothing,
+    DropHead,
     AffineScaledConfig,
     AttentionSinkConfig,
     GatedAttentionConfig,
