@@ -159,8 +159,10 @@ def is_recomputing() -> bool:
 
 def _softmax_attention(call: AttentionCall, zeroed: Tensor) -> AttentionOutput:
     """Computes attention with some scores at 0. They stay in the softmax as constants, which no mask can express."""
-    scores = call.scores().masked_fill(zeroed, 0.0)  # An additive mask is among them.
-    visible = None if call.mask is not None and call.mask.dtype != torch.bool else call.visible
+    scores = call.scores().masked_fill(zeroed, 0.0)
+    # The scores include an additive mask, and a method may have masked a score that another one has set to 0.
+    is_additive = call.mask is not None and call.mask.dtype != torch.bool
+    visible = call.mask > -torch.inf if is_additive else call.visible
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     sinks = call.extras.get("sinks")
