@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_attentiondrop.functional import draw_ranks
+from hf_attentiondrop.functional import sample_masked_ranks
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class AttentionCase:
             view[:, :, self.keys - self.queries :] = visible
         return view
 
-    def drawn(self, fill: str, k: int | float = 3, p: float = 0.5) -> torch.Tensor:
-        """Which ranks are hit, `(B, H, Q, k)`, the same at every call."""
+    def masked_ranks(self, fill: str, k: int | float = 3, p: float = 0.5) -> torch.Tensor:
+        """Which ranks are masked, `(B, H, Q, k)`, the same at every call."""
         visible = self.visible
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return draw_ranks(visible.shape, visible.sum(dim=-1, keepdim=True), p=p, k=k, fill=fill)
+            return sample_masked_ranks(visible.shape, visible.sum(dim=-1, keepdim=True), p=p, k=k, fill=fill)
 
     def tensors(self, dtype: torch.dtype = torch.float64, head_dim: int = 8) -> tuple[torch.Tensor, ...]:
         """Query, key and value, the same at every call."""

@@ -51,12 +51,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention without a GPU: its graphs as they are, and with derivatives, which it refuses there."""
+    """FlexAttention without a GPU: uncompiled graphs, with the derivatives that it does not support on CPU."""
     from torch.nn.attention import flex_attention as flex
 
-    from hf_attentiondrop.functional.hard import flex as hard_flex
+    from hf_attentiondrop.functional import bit_mask
 
     if not torch.cuda.is_available():
-        compiled = hard_flex.compile_for_many_calls(flex.flex_attention, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(hard_flex, "_compiled_flex_attention", lambda: compiled)
+        compiled = bit_mask.compile_for_many_calls(flex.flex_attention, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(bit_mask, "_compiled_flex_attention", lambda: compiled)
         monkeypatch.setattr(flex, "_validate_device", lambda *_: None)

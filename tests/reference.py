@@ -52,10 +52,10 @@ def hits(
         row = tuple(row)
         ranked = [j for j in scores[row].argsort(descending=True).tolist() if visible[row][j]]
         candidates = min(k, len(ranked)) if k >= 1 else math.ceil(Fraction(str(k)) * len(ranked))
-        drawn = [rank for rank in range(candidates) if uniform[row][rank] < p]
-        if fill == "mask" and drawn and len(drawn) == len(ranked):
-            drawn.remove(max(drawn, key=lambda rank: uniform[row][rank].item()))
-        for rank in drawn:
+        chosen = [rank for rank in range(candidates) if uniform[row][rank] < p]
+        if fill == "mask" and chosen and len(chosen) == len(ranked):
+            chosen.remove(max(chosen, key=lambda rank: uniform[row][rank].item()))
+        for rank in chosen:
             hit[(*row, ranked[rank])] = True
     return hit
 

@@ -8,7 +8,7 @@ import torch
 from transformers import MarianMTModel
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.functional import draw_ranks, flex_hard_attention, hard_attention, num_visible_keys
+from hf_attentiondrop.functional import flex_hard_attention, hard_attention, num_visible_keys, sample_masked_ranks
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard
 from hf_attentiondrop.methods.method import Perturbation
@@ -90,19 +90,19 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
         visible = None if mask is None else mask(length)
         lengths = {"query_length": length, "key_length": length, "device": query.device}
         num_visible = num_visible_keys(visible, is_causal=mask is None, **lengths)
-        drawn = draw_ranks((2, 4, length, length), num_visible, p=0.5, k=5, fill=fill, device="cuda")
+        masked_ranks = sample_masked_ranks((2, 4, length, length), num_visible, p=0.5, k=5, fill=fill, device="cuda")
         results = []
         for attend, device in ((flex_hard_attention, "cuda"), (hard_attention, "cpu")):
             states = [
                 tensor.to(device, dtype if device == "cuda" else torch.float64) for tensor in (query, key, value)
             ]
             shown = None if visible is None else visible.to(device)
-            output = attend(*states, drawn.to(device), shown, is_causal=mask is None, fill=fill)
+            output = attend(*states, masked_ranks.to(device), shown, is_causal=mask is None, fill=fill)
             gradients = torch.autograd.grad(output.double().square().sum(), (query, key, value))
             results.append([output.double().cpu(), *(gradient.double().cpu() for gradient in gradients)])
         for cuda, cpu in zip(*results, strict=True):
             error = (cuda - cpu).abs().amax(dim=-1) / cpu.abs().max()
-            # Where two scores almost tie, the other one may be hit.
+            # Where two scores almost tie, the other one may be masked.
             assert (error < (1e-5 if dtype == torch.float32 else 0.03)).double().mean() > 0.99
             assert cuda.isfinite().all()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..functional import attention_scores, expand_heads, query_offset, shown_keys, visible_keys
+from ..functional import attention_scores, boolean_mask, expand_heads, query_offset, visible_keys
 from .kernels import attend_with
 
 
@@ -85,7 +85,7 @@ class AttentionCall:
             return None
         own_keys = query_offset(self.mask, query_length=queries, key_length=keys)
         own_keys = own_keys + torch.arange(queries, device=self.mask.device)
-        rows = shown_keys(self.mask).expand(-1, -1, queries, -1)
+        rows = boolean_mask(self.mask).expand(-1, -1, queries, -1)
         return rows.gather(-1, own_keys.expand(*rows.shape[:2], -1).unsqueeze(-1)).squeeze(-1)
 
     @property
@@ -128,7 +128,7 @@ def attend_if_any_key(call: AttentionCall, attend: Attend | None = None) -> Atte
     is_plain = not call.wants_eager and call.zeroed is None and call.extras.get("position_bias") is None
     if call.mask.dtype == torch.bool and is_plain:
         return attend(call)  # SDPA gives zeros where a boolean mask masks every key.
-    fully_masked = ~shown_keys(call.mask).any(dim=-1, keepdim=True)  # (B|1, H|1, Q|1, 1)
+    fully_masked = ~boolean_mask(call.mask).any(dim=-1, keepdim=True)  # (B|1, H|1, Q|1, 1)
     # Any finite scores will do for these queries, because their output is overwritten.
     mask = call.mask.masked_fill(fully_masked, call.mask.dtype == torch.bool)
     output, weights = attend(replace(call, mask=mask))

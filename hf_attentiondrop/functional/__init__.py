@@ -1,29 +1,29 @@
-"""The methods as pure tensor functions: one method per file, torch alone (on CUDA, the Triton that comes with it too).
+"""The methods as pure tensor functions: one method per file or folder. They need torch alone, and on CUDA Triton,
+which comes with it.
 
-Shapes, everywhere in this package: `B` batch, `H` query heads, `Hkv` key/value heads (`H` is a multiple of it under
+Shapes, everywhere in this package: `B` batch, `H` query heads, `Hkv` key/value heads (`H` is a multiple of `Hkv` under
 grouped-query attention), `Q` queries, `K` keys, `D` head dimension, `W` blur width. `(B|1, H|1, Q, K)` is a tensor
-that broadcasts over batch or heads. A visibility mask is boolean and true where a query may see a key.
+that broadcasts over batch or heads. A visibility mask is boolean and true where a query may attend to a key.
 """
 
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
-from .dropconnect import drop_weights
 from .gate import gate_output
 from .hard.blockwise import hard_attention
 from .hard.flex import flex_hard_attention
-from .hard.masking import FILLS, draw_hits, draw_ranks, mask_top_scores, num_candidates
-from .prefix_sums import VisibleSums, visible_sums
+from .hard.masking import FILLS, mask_top_scores, num_candidates, sample_masked_ranks, sample_masked_scores
+from .prefix_sums import PrefixSums
 from .scores import attention_scores, expand_heads
-from .sink import prepend_sink, show_sink
+from .sink import prepend_sink, prepend_sink_to_mask
 from .visibility import (
+    boolean_mask,
     mixes_documents,
     num_visible_keys,
     once_per_mask,
     query_offset,
-    shown_keys,
     visible_keys,
-    visible_neighbours,
+    visible_neighbors,
 )
 
 
@@ -32,15 +32,13 @@ __all__ = [
     "BIAS_LENGTHS",
     "FILLS",
     "INITS",
-    "VisibleSums",
+    "PrefixSums",
     "affine_bias",
     "affine_scale",
     "attention_scores",
     "block_mask",
     "blur_keys",
-    "draw_hits",
-    "draw_ranks",
-    "drop_weights",
+    "boolean_mask",
     "expand_heads",
     "flex_hard_attention",
     "gate_output",
@@ -52,12 +50,12 @@ __all__ = [
     "num_visible_keys",
     "once_per_mask",
     "prepend_sink",
+    "prepend_sink_to_mask",
     "query_offset",
     "rescale_output",
     "rescale_weights",
-    "show_sink",
-    "shown_keys",
+    "sample_masked_ranks",
+    "sample_masked_scores",
     "visible_keys",
-    "visible_neighbours",
-    "visible_sums",
+    "visible_neighbors",
 ]

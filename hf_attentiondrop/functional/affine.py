@@ -1,7 +1,7 @@
-"""Affine-Scaled Attention (arXiv 2602.23057): attention weights times a learned scale, plus a bias that balances it.
+"""Affine-Scaled Attention (arXiv 2602.23057): attention weights times a learned scale, plus a compensating bias.
 
 The weights are `α·P + β` on visible keys, with `P` the softmax, `β = (α_ma - α) / N` and `α_ma` a moving average of
-`α`. What they do to the values is an epilogue on any attention output `O`: `α·O + β·Σ_j v_j` over the visible values.
+`α`. The output follows from any attention output `O` as `α·O + β·Σ_j v_j`, summed over the visible values.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .prefix_sums import VisibleSums
+from .prefix_sums import PrefixSums
 
 
 ACTIVATIONS = ("linear_clip", "sigmoid")
@@ -22,16 +22,16 @@ def affine_scale(logits: torch.Tensor, *, activation: str = "linear_clip", init:
 
     Args:
         logits: `W_a x`, of any shape.
-        activation: `φ`: `"linear_clip"` is `clamp(0.1x + 0.5, 0, 1)`, `"sigmoid"` the logistic function.
-        init: `"identity"` is `1 + φ(logits) - φ(0)`, exactly 1 for logits of zero; `"paper"` is `φ(logits)`.
+        activation: `φ`, `"linear_clip"`: `clamp(0.1x + 0.5, 0, 1)`; `"sigmoid"`: the logistic function.
+        init: `"identity"`: `1 + φ(logits) - φ(0)`, exactly 1 for zero logits; `"paper"`: `φ(logits)`.
 
     Returns:
         `α` in at least float32, in the shape of the logits: [0, 1] for `"paper"`, [0.5, 1.5] for `"identity"`.
 
     Raises:
-        ValueError: if `activation` or `init` is none of the above.
+        ValueError: if `activation` or `init` is not one of these.
 
-    Source: arXiv 2602.23057; `"identity"` shifts `φ` for models that were trained without it.
+    Source: arXiv 2602.23057; `"identity"` shifts `φ` for models pretrained without it.
 
     Example:
 
@@ -40,24 +40,24 @@ def affine_scale(logits: torch.Tensor, *, activation: str = "linear_clip", init:
     """
     for name, choice, choices in (("activation", activation, ACTIVATIONS), ("init", init, INITS)):
         if choice not in choices:
-            raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}: it decides what the scale is.")
+            raise ValueError(f"`{name}` must be one of {choices}, got {choice!r}: it selects the formula.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # φ(x) - φ(0), which is exactly zero at zero. φ(0) is 0.5 for both.
-    shape = (0.1 * logits).clamp(-0.5, 0.5) if activation == "linear_clip" else logits.sigmoid() - 0.5
-    return shape + (1.0 if init == "identity" else 0.5)
+    # φ(x) - φ(0) is exactly zero at zero. φ(0) is 0.5 for both activations.
+    shift = (0.1 * logits).clamp(-0.5, 0.5) if activation == "linear_clip" else logits.sigmoid() - 0.5
+    return shift + (1.0 if init == "identity" else 0.5)
 
 
 def affine_bias(
     alpha: torch.Tensor, alpha_average: torch.Tensor, lengths: torch.Tensor, key_length: int | None = None
 ) -> torch.Tensor:
-    """The bias `β` of every query and head, zero for queries that see no key.
+    """The bias `β` of every query and head, zero for fully masked rows.
 
     Args:
         alpha: `(B, Q, H)`.
         alpha_average: `α_ma`, `(H,)`.
-        lengths: how many keys each query sees, infinite where none, `(B|1, Q|1, H|1)`, see
-            [`~functional.VisibleSums`].
-        key_length: `N` of all queries that see any key; by default what each of them sees.
+        lengths: number of visible keys of each query, infinite for fully masked rows, `(B|1, Q|1, H|1)`, see
+            [`~functional.PrefixSums`].
+        key_length: `N` of all queries that see any key; by default the number of visible keys of each query.
 
     Returns:
         `(α_ma - α) / N`, `(B, Q, H)`.
@@ -73,45 +73,45 @@ def affine_bias(
 
 
 def rescale_output(
-    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: PrefixSums
 ) -> torch.Tensor:
-    """Attention output under affine-scaled weights. With `α = 1` and `β = 0` it is the output, bit for bit.
+    """Attention output under affine-scaled weights. With `α = 1` and `β = 0` it equals `output`, bit for bit.
 
     Args:
         output: `O`, `(B, Q, H, D)`.
         value: `(B, Hkv, K, D)`.
         alpha: `α`, `(B, Q, H)`.
-        beta: `β`, `(B, Q, H)`, zero for queries that see no key.
-        sums: what to add up for each query, see [`~functional.visible_sums`].
+        beta: `β`, `(B, Q, H)`, zero for fully masked rows.
+        sums: the sums over the visible keys of each query, see [`~functional.PrefixSums`].
 
     Returns:
-        `(B, Q, H, D)` in the output's dtype, computed in the scale's. Outside of compiled graphs it keeps nothing for
-        the backward pass that the attention before it does not keep anyhow, and has no second derivative.
+        `(B, Q, H, D)` in the output's dtype, computed in the dtype of the scale. Outside of compiled graphs it saves
+        no tensors for the backward pass except those that attention saves already, and has no second derivative.
 
-    Source: arXiv 2602.23057. With the mean `V̄` of the visible values, in the form `α·(O - V̄) + α_ma·V̄`, it would not
-    be exact at the identity.
+    Source: arXiv 2602.23057. The form `α·(O - V̄) + α_ma·V̄`, with the mean `V̄` of the visible values, would not be
+    exact at the identity.
 
     Example:
 
-    >>> from hf_attentiondrop.functional import visible_sums
-    >>> sums = visible_sums(None, is_causal=False, query_length=1, key_length=2, device=torch.device("cpu"))
+    >>> from hf_attentiondrop.functional import PrefixSums
+    >>> sums = PrefixSums.from_mask(None, is_causal=False, query_length=1, key_length=2, device=torch.device("cpu"))
     >>> value = torch.tensor([2.0, 4.0]).view(1, 1, 2, 1)
     >>> rescale_output(torch.ones(1, 1, 1, 1), value, torch.tensor([[[0.5]]]), torch.tensor([[[0.25]]]), sums)
     tensor([[[[2.]]]])
     """
-    # A compiled graph decides itself what it keeps, and that of torch 2.11 would lose the gradient in there.
+    # A compiled graph decides itself which tensors to save, and torch 2.11 would lose the gradient in there.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Rescale.apply(output, value, alpha, beta, sums)
     return _rescaled(output, value, alpha, beta, sums)
 
 
 def _rescaled(
-    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+    output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: PrefixSums
 ) -> torch.Tensor:
     with torch.autocast(output.device.type, enabled=False):
         total = sums.total(value)
     dtype = torch.promote_types(output.dtype, alpha.dtype)
-    if _has_room(total, output):
+    if _can_reuse(total, output):
         rescaled = total.to(dtype).mul_(beta.unsqueeze(-1)).addcmul_(output, alpha.unsqueeze(-1))
     else:
         groups = total.shape[2], -1  # (Hkv, G)
@@ -121,18 +121,18 @@ def _rescaled(
     return rescaled.to(output.dtype)
 
 
-def _has_room(total: torch.Tensor, output: torch.Tensor) -> bool:
-    """Whether sums, which nobody else wants, are as large as the output: fresh memory costs more than products do."""
+def _can_reuse(total: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether the result can overwrite the sums: allocating memory takes longer than the products."""
     return total.shape == output.shape and total.is_contiguous()
 
 
 class _Rescale(torch.autograd.Function):
-    """Makes the sums once more in the backward pass, where autograd would keep them, as large as the output, and goes
-    through memory less often than it would."""
+    """Computes the sums again in the backward pass, where autograd would save them, as large as the output, and makes
+    fewer passes through memory than autograd."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: VisibleSums
+        ctx: Any, output: torch.Tensor, value: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, sums: PrefixSums
     ) -> torch.Tensor:
         ctx.save_for_backward(output, value, alpha, beta)
         ctx.sums = sums
@@ -147,8 +147,8 @@ class _Rescale(torch.autograd.Function):
             total = ctx.sums.total(value)
             is_shared, groups = total.shape[1] == 1, (total.shape[2], -1)
             by_group = gradient.unflatten(2, groups)
-            # One place for all products.
-            if _has_room(total, gradient):
+            # One buffer for all products.
+            if _can_reuse(total, gradient):
                 product = total.to(gradient.dtype).mul_(gradient)
             else:
                 product = (by_group * total.unsqueeze(3)).flatten(2, 3)
@@ -160,7 +160,7 @@ class _Rescale(torch.autograd.Function):
             of_total = product if grouped.shape[3] == 1 else grouped.sum(dim=3)
             if is_shared:
                 of_total = of_total.sum(dim=1, keepdim=True)
-            # Detached from what it is a view of, autograd can add to it in place.
+            # Detached from its base, so that autograd can accumulate into it in place.
             of_value = ctx.sums.adjoint(of_total, value).to(value.dtype).detach()
             of_output = torch.mul(gradient, alpha.unsqueeze(-1), out=product).to(output.dtype)
         return of_output, of_value, of_alpha.to(alpha.dtype), of_beta.to(beta.dtype), None
@@ -169,7 +169,7 @@ class _Rescale(torch.autograd.Function):
 def rescale_weights(
     weights: torch.Tensor, visible: torch.Tensor | None, alpha: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """The affine-scaled weights themselves, for those who want to see them.
+    """The affine-scaled attention weights, for callers that return weights.
 
     Args:
         weights: `P`, `(B, H, Q, K)`.

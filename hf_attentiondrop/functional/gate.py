@@ -1,23 +1,23 @@
-"""Gated Attention: every component of the attention output times a sigmoid of the hidden states."""
+"""Gated Attention: multiplies the attention output elementwise by a sigmoid of the hidden states."""
 
 import torch
 
 
 def gate_output(output: torch.Tensor, logits: torch.Tensor, *, init: str = "identity") -> torch.Tensor:
-    """The attention output, gated.
+    """Multiplies the attention output elementwise by a gate.
 
     Args:
         output: `(B, Q, H, D)`.
         logits: `W_g x`, `(B, Q, H·D)`.
-        init: `"identity"` gates with `2·sigmoid`, exactly 1 for logits of zero; `"paper"` with `sigmoid`.
+        init: `"identity"`: the gate is `2·sigmoid(logits)`, exactly 1 for zero logits; `"paper"`: `sigmoid(logits)`.
 
     Returns:
         `(B, Q, H, D)` in the output's dtype; the gate is computed in at least float32.
 
     Raises:
-        ValueError: if `init` is none of the above.
+        ValueError: if `init` is neither `"identity"` nor `"paper"`.
 
-    Source: the output gate that arXiv 2602.23057 compares with.
+    Source: the output gate in the comparison of arXiv 2602.23057.
 
     Example:
 
@@ -25,6 +25,6 @@ def gate_output(output: torch.Tensor, logits: torch.Tensor, *, init: str = "iden
     tensor([[[[1.0000, 1.9998]]]])
     """
     if init not in ("identity", "paper"):
-        raise ValueError(f"`init` must be one of ('identity', 'paper'), got {init!r}: it decides what the gate is.")
+        raise ValueError(f"`init` must be one of ('identity', 'paper'), got {init!r}: it selects the formula.")
     gate = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().view_as(output)
     return (output * (gate if init == "paper" else 2.0 * gate)).to(output.dtype)

@@ -23,17 +23,17 @@ def attention_scores(
     softcap: float | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Final scores: scaled products of queries and keys, capped, then biased. No mask is applied beyond `bias`.
+    """Final scores: scaled products of queries and keys, then softcap, then bias. No mask is applied except `bias`.
 
     Args:
         query: `(B, H, Q, D)`.
         key: `(B, Hkv, K, D)`.
         scaling: factor of the products; `D ** -0.5` by default.
-        softcap: `softcap * tanh(scores / softcap)` before the bias, as Gemma 2 does.
+        softcap: `softcap * tanh(scores / softcap)` before the bias, as in Gemma 2.
         bias: `(B|1, H|1, Q, K)`, added.
 
     Returns:
-        `(B, H, Q, K)` in float32, or float64 for float64 inputs: half precision ties scores that are not equal.
+        `(B, H, Q, K)` in float32, or float64 for float64 inputs: half precision would round different scores to ties.
 
     Example:
 
@@ -42,7 +42,7 @@ def attention_scores(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Autocast would run the product in half precision again.
+    # Autocast would run the product in half precision.
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(dtype) * scaling) @ expand_heads(key, query.shape[1]).to(dtype).transpose(-1, -2)
     if softcap is not None:

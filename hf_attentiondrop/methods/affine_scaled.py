@@ -13,11 +13,11 @@ from ..attention.call import Attend, AttentionCall, AttentionOutput, is_recomput
 from ..functional import (
     ACTIVATIONS,
     BIAS_LENGTHS,
+    PrefixSums,
     affine_bias,
     affine_scale,
     rescale_output,
     rescale_weights,
-    visible_sums,
 )
 from ..validation import is_probability
 from .card import MethodCard
@@ -76,7 +76,7 @@ class AffineScaling(LearnedWeights):
             call.memory["has_moved"] = True
         average = self.average.clone()  # A later update must not change what the backward pass uses.
         output, weights = attend(call)
-        sums = visible_sums(call.mask, is_causal=call.causal, **call.lengths)
+        sums = PrefixSums.from_mask(call.mask, is_causal=call.causal, **call.lengths)
         key_length = call.lengths["key_length"] if self.config.bias_length == "keys" else None
         beta = affine_bias(alpha, average, sums.lengths, key_length)
         if weights is not None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput
-from ..functional import prepend_sink, show_sink
+from ..functional import prepend_sink, prepend_sink_to_mask
 from ..validation import is_number
 from .card import MethodCard
 from .method import Dimensions, LearnedMethod, LearnedWeights
@@ -53,7 +53,7 @@ class AttentionSink(LearnedWeights):
                 query=F.pad(query, (0, 0, added, 0)),
                 key=key,
                 value=value,
-                mask=None if call.mask is None else show_sink(call.mask),
+                mask=None if call.mask is None else prepend_sink_to_mask(call.mask),
                 scaling=scaling,
                 extras=extras,
                 base=SDPA,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.call import Attend, AttentionCall, AttentionOutput
-from ..functional import blur_keys, expand_heads, visible_neighbours
+from ..functional import blur_keys, expand_heads, visible_neighbors
 from ..validation import is_integer, is_number
 from .card import MethodCard
 from .method import Perturbation
@@ -69,7 +69,7 @@ class BlurredSmoothing(Perturbation):
         # Scores are linear in the keys, so attention over blurred keys is attention with blurred scores.
         if call.extras.get("softcap") is not None:
             raise _softcap_error(call.module, call.extras["softcap"])
-        neighbours = visible_neighbours(
+        neighbors = visible_neighbors(
             call.model_mask,
             width=self.width,
             is_causal=call.causal,
@@ -78,7 +78,7 @@ class BlurredSmoothing(Perturbation):
         )
         dtype = torch.promote_types(call.key.dtype, torch.float32)
         sigma = sigma_max * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
-        key = blur_keys(call.key, sigma, neighbours)
+        key = blur_keys(call.key, sigma, neighbors)
         if key.shape[1] == call.key.shape[1]:
             return attend(replace(call, key=key))
         # Masks per query head took one key per query head, which the base attention must not repeat again.

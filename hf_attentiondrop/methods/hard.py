@@ -18,12 +18,12 @@ from torch import Tensor
 from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput, attend_if_any_key
 from ..functional import (
     FILLS,
-    draw_hits,
-    draw_ranks,
     flex_hard_attention,
     hard_attention,
     num_candidates,
     num_visible_keys,
+    sample_masked_ranks,
+    sample_masked_scores,
 )
 from ..validation import is_integer, is_probability
 from .card import MethodCard
@@ -98,11 +98,11 @@ class HardMasking(Perturbation):
         if kernel is not None:
             shape = torch.Size([*call.query.shape[:-1], call.key.shape[-2]])
             num_visible = num_visible_keys(call.mask, is_causal=call.causal, **call.lengths)
-            drawn = draw_ranks(shape, num_visible, p=p, k=self.k, fill=self.fill, device=call.query.device)
+            drawn = sample_masked_ranks(shape, num_visible, p=p, k=self.k, fill=self.fill, device=call.query.device)
             options: dict[str, Any] = {"is_causal": call.causal, "scaling": call.scaling, "fill": self.fill}
             return kernel(call.query, call.key, call.value, drawn, call.mask, **options), None
         with torch.no_grad():
-            masked = draw_hits(call.scores(), call.visible, p=p, k=self.k, fill=self.fill)
+            masked = sample_masked_scores(call.scores(), call.visible, p=p, k=self.k, fill=self.fill)
         if self.fill == "mask":
             return attend(call.keeping(~masked))
         zeroed = masked if call.zeroed is None else masked | call.zeroed

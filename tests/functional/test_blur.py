@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from hf_attentiondrop.functional import blur_keys, gaussian_window, visible_neighbours
+from hf_attentiondrop.functional import blur_keys, gaussian_window, visible_neighbors
 
 from ..cases import CASES, AttentionCase
 
 
 def neighbours(case: AttentionCase, width: int = 5) -> torch.Tensor:
-    return visible_neighbours(
+    return visible_neighbors(
         case.mask(),
         width=width,
         is_causal=case.is_causal,
@@ -58,7 +58,7 @@ def test_a_key_that_its_own_token_does_not_see_counts_itself(sigma: float, side:
 
 def test_hidden_keys_never_enter_whatever_they_hold() -> None:
     visible = torch.tensor([True, True, True, False, False]).view(1, 1, 1, 5)
-    around = visible_neighbours(
+    around = visible_neighbors(
         visible, width=5, is_causal=False, is_cross=False, query_length=5, key_length=5, device=torch.device("cpu")
     )
     key = torch.randn(1, 1, 5, 4)

@@ -7,8 +7,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import draw_ranks, hard_attention, mask_top_scores
-from hf_attentiondrop.functional.hard import blocks
+from hf_attentiondrop.functional import hard_attention, mask_top_scores, sample_masked_ranks
+from hf_attentiondrop.functional.blockwise import blocks
 
 from ..cases import CASES_BY_NAME
 
@@ -27,12 +27,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def attend(name: str, fill: str, dropout: float = 0.0) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
     """Hard attention on a mask of the table, as a function of query, key and value alone, and these."""
     case = CASES_BY_NAME[name]
-    drawn, mask = case.drawn(fill), case.mask()
+    masked_ranks, mask = case.masked_ranks(fill), case.mask()
     tensors = tuple(tensor[..., :4].requires_grad_() for tensor in case.tensors())
 
     def function(*states: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(0)
-        return hard_attention(*states, drawn, mask, is_causal=case.is_causal, fill=fill, dropout=dropout)
+        return hard_attention(*states, masked_ranks, mask, is_causal=case.is_causal, fill=fill, dropout=dropout)
 
     return function, tensors
 
@@ -48,21 +48,21 @@ def test_gradients_are_the_slopes(name: str, fill: str, dropout: float) -> None:
 @pytest.mark.parametrize(
     ("name", "dropout"), [("causal_without_mask", 0.0), ("masks_per_head_grouped", 0.3), ("float_with_bias", 0.3)]
 )
-def test_the_operator_keeps_the_rules_of_torch(name: str, dropout: float, fill: str) -> None:
+def test_the_operator_follows_the_rules_of_torch(name: str, dropout: float, fill: str) -> None:
     case, (_, tensors) = CASES_BY_NAME[name], attend(name, fill)
-    drawn, seed = case.drawn(fill), torch.tensor(5) if dropout else None
+    masked_ranks, seed = case.masked_ranks(fill), torch.tensor(5) if dropout else None
     operator = torch.ops.hf_attentiondrop.hard_attention.default
-    torch.library.opcheck(operator, (*tensors, drawn, case.mask(), seed, case.is_causal, 0.5, fill, dropout))
+    torch.library.opcheck(operator, (*tensors, masked_ranks, case.mask(), seed, case.is_causal, 0.5, fill, dropout))
 
 
 def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tensor:
-    """The weights themselves, `(draws, B, H, Q, K)`, each draw of which has the same hits."""
+    """The weights themselves, `(draws, B, H, Q, K)`, each draw of which masks the same scores."""
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     value = torch.eye(case.keys, dtype=torch.float64).expand(case.batch_size, case.kv_heads, -1, -1)
-    drawn = case.drawn(fill)
+    masked_ranks = case.masked_ranks(fill)
     options = {"is_causal": case.is_causal, "fill": fill, "dropout": dropout}
-    results = [hard_attention(query, key, value, drawn, case.mask(), **options) for _ in range(draws)]
+    results = [hard_attention(query, key, value, masked_ranks, case.mask(), **options) for _ in range(draws)]
     return torch.stack(results).transpose(2, 3)
 
 
@@ -90,40 +90,40 @@ def test_dropout_at_its_ends(rate: float, kept: float) -> None:
     torch.testing.assert_close(weights("none", "mask", rate), kept * weights("none", "mask", 0.0))
 
 
-def test_a_mask_that_wants_a_gradient_is_refused() -> None:
+def test_a_mask_that_requires_a_gradient_is_rejected() -> None:
     mask = torch.zeros(1, 1, 9, 9, requires_grad=True)
     tensors = CASES_BY_NAME["none"].tensors(torch.float32)
-    with pytest.raises(ValueError, match="not trained.*mask_top_scores"):
+    with pytest.raises(ValueError, match="constant mask.*mask_top_scores"):
         hard_attention(*tensors, torch.ones(3, 4, 9, 3) > 0, mask)
 
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_values_may_have_a_size_of_their_own(fill: str) -> None:
     query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
-    drawn = torch.rand(2, 4, 9, 3) < 0.5
-    output = hard_attention(query, key, value, drawn, fill=fill)
-    again = hard_attention(query, key, torch.cat([value, value], dim=-1), drawn, fill=fill)
+    masked_ranks = torch.rand(2, 4, 9, 3) < 0.5
+    output = hard_attention(query, key, value, masked_ranks, fill=fill)
+    again = hard_attention(query, key, torch.cat([value, value], dim=-1), masked_ranks, fill=fill)
     assert output.shape == (2, 9, 4, 5)
     torch.testing.assert_close(again, torch.cat([output, output], dim=-1))
 
 
-def test_a_draw_hits_the_score_of_its_rank() -> None:
+def test_a_masked_rank_masks_the_score_of_that_rank() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0, 0.0])
-    drawn = torch.tensor([False, True, False]).view(1, 1, 1, 3)
+    masked_ranks = torch.tensor([False, True, False]).view(1, 1, 1, 3)
     key, value = scores.view(1, 1, 4, 1), torch.eye(4)[None, None]
-    weights = hard_attention(torch.ones(1, 1, 1, 1), key, value, drawn)
+    weights = hard_attention(torch.ones(1, 1, 1, 1), key, value, masked_ranks)
     torch.testing.assert_close(weights.flatten(), scores.masked_fill(scores == 2, -torch.inf).softmax(dim=-1))
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_no_gradient_flows_through_a_hit_score(fill: str) -> None:
+def test_no_gradient_flows_through_a_masked_score(fill: str) -> None:
     """With one query and one component, the gradient of a key is the gradient of its score."""
     key = torch.randn(1, 1, 9, 1, dtype=torch.float64, requires_grad=True)
     value = torch.randn(1, 1, 9, 4, dtype=torch.float64)
     hard_attention(torch.ones_like(key[:, :, :1]), key, value, torch.ones(1, 1, 1, 3) > 0, fill=fill).sum().backward()
-    hit = mask_top_scores(key.detach().mT, p=1.0, k=3).flatten() == -torch.inf
-    assert hit.sum() == 3
-    assert (key.grad.flatten()[hit] == 0).all() and (key.grad.flatten()[~hit] != 0).all()
+    is_masked = mask_top_scores(key.detach().mT, p=1.0, k=3).flatten() == -torch.inf
+    assert is_masked.sum() == 3
+    assert (key.grad.flatten()[is_masked] == 0).all() and (key.grad.flatten()[~is_masked] != 0).all()
 
 
 @pytest.mark.parametrize("name", ["padding_right", "sliding_window", "causal_without_mask", "packed"])
@@ -162,8 +162,8 @@ def test_compiled_in_one_graph_it_draws_the_same(name: str) -> None:
     mask, num_visible = CASES_BY_NAME[name].mask(), CASES_BY_NAME[name].visible.sum(dim=-1, keepdim=True)
 
     def total(*states: torch.Tensor) -> torch.Tensor:
-        drawn = draw_ranks((3, 4, 9, 9), num_visible, p=0.5, k=3)
-        return hard_attention(*states, drawn, mask, dropout=0.3).square().sum()
+        masked_ranks = sample_masked_ranks((3, 4, 9, 9), num_visible, p=0.5, k=3)
+        return hard_attention(*states, masked_ranks, mask, dropout=0.3).square().sum()
 
     torch._dynamo.reset()
     results = []
@@ -186,7 +186,7 @@ def test_autocast_does_not_reach_inside(fill: str) -> None:
     assert all(a.dtype == b.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+def test_a_second_derivative_raises() -> None:
     function, tensors = attend("none", "mask")
     gradient = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
-from hf_attentiondrop.functional import block_mask, draw_ranks, flex_hard_attention, hard_attention
-from hf_attentiondrop.functional.hard import flex as hard_flex
+from hf_attentiondrop.functional import block_mask, flex_hard_attention, hard_attention, sample_masked_ranks
+from hf_attentiondrop.functional.hard.flex import pack_masked_keys
 from hf_attentiondrop.functional.hard.top_scores import KEYS_PER_TILE, QUERIES_PER_TILE, top_score_indices
 
 from .. import reference
@@ -102,7 +102,7 @@ def test_the_kernel_finds_what_topk_finds(mask: str, size: int, dtype: torch.dty
     assert torch.equal(index, torch.where(top.values > -torch.inf, top.indices, -1).int())
 
 
-def test_the_kernel_keeps_the_rules_of_torch() -> None:
+def test_the_kernel_follows_the_rules_of_torch() -> None:
     query, key, _ = (tensor.detach() for tensor in states(5, 5))
     torch.library.opcheck(top_score_indices, (query, key, 2, causal(5, 5)))
 
@@ -118,12 +118,12 @@ def test_scores_that_are_no_numbers_do_not_hang() -> None:
 def test_every_bit_of_every_word_is_its_key() -> None:
     num_keys = 70
     index = torch.stack([torch.randperm(num_keys)[:40] for _ in range(6)])
-    hit = torch.rand(6, 40) < 0.5
-    words = hard_flex.pack_hits(index, hit, num_keys)
+    is_masked = torch.rand(6, 40) < 0.5
+    words = pack_masked_keys(index, is_masked, num_keys)
     keys = torch.arange(num_keys)
     found = (words[:, keys // 32] >> (keys % 32)) & 1
     assert words.shape == (6, 3)
-    assert torch.equal(found.bool(), torch.zeros(6, num_keys, dtype=torch.bool).scatter(-1, index, hit))
+    assert torch.equal(found.bool(), torch.zeros(6, num_keys, dtype=torch.bool).scatter(-1, index, is_masked))
 
 
 @pytest.mark.parametrize("mask", ["causal", "padding", "window", "scattered", "causal_without_mask"])
@@ -150,18 +150,18 @@ def with_gradients(attend: Callable[..., torch.Tensor], *tensors: torch.Tensor) 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_definition_forward_and_backward(name: str, fill: str) -> None:
     case = CASES_BY_NAME[name]
-    drawn = case.drawn(fill)
+    masked_ranks = case.masked_ranks(fill)
     mask = case.mask() if case.mask() is None else case.mask().to(DEVICE)
 
     def library(*tensors: torch.Tensor) -> torch.Tensor:
         on_device = (tensor.to(DEVICE, torch.float32) for tensor in tensors)
         options = {"is_causal": case.is_causal, "scaling": 0.3, "fill": fill}
-        return flex_hard_attention(*on_device, drawn.to(DEVICE), mask, **options).double().cpu()
+        return flex_hard_attention(*on_device, masked_ranks.to(DEVICE), mask, **options).double().cpu()
 
     def definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         scores, visible = reference.final_scores(query, key, scaling=0.3), case.visible
         candidates = scores.detach().masked_fill(~visible, -torch.inf).argsort(dim=-1, descending=True)[..., :3]
-        hits = torch.zeros_like(visible).scatter(-1, candidates, drawn) & visible
+        hits = torch.zeros_like(visible).scatter(-1, candidates, masked_ranks) & visible
         scores, visible = reference.hit_scores(scores, visible, hits, fill)
         return reference.attend(scores, value, visible)[0]
 
@@ -174,9 +174,9 @@ def test_equals_the_definition_forward_and_backward(name: str, fill: str) -> Non
 def test_values_may_have_a_size_of_their_own(fill: str) -> None:
     query, key, value = states(9, 9)
     value = torch.cat([value, value], dim=-1)
-    drawn = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
-    found = with_gradients(lambda *tensors: flex_hard_attention(*tensors, drawn, fill=fill), query, key, value)
-    wanted = with_gradients(lambda *tensors: hard_attention(*tensors, drawn, fill=fill), query, key, value)
+    masked_ranks = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
+    found = with_gradients(lambda *tensors: flex_hard_attention(*tensors, masked_ranks, fill=fill), query, key, value)
+    wanted = with_gradients(lambda *tensors: hard_attention(*tensors, masked_ranks, fill=fill), query, key, value)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
@@ -186,8 +186,8 @@ def test_lengths_do_not_keep_compiling() -> None:
     for length in (11, 14, 19):
         visible = window(length, length)
         num_visible = visible.sum(dim=-1, keepdim=True)
-        drawn = draw_ranks((2, 2, length, length), num_visible, p=0.5, k=3, device=DEVICE)
-        flex_hard_attention(*states(length, length), drawn, visible)
+        masked_ranks = sample_masked_ranks((2, 2, length, length), num_visible, p=0.5, k=3, device=DEVICE)
+        flex_hard_attention(*states(length, length), masked_ranks, visible)
     assert counters["stats"]["unique_graphs"] == 2  # one for the first length, and one for all others
 
 
@@ -209,12 +209,12 @@ def test_checkpointing_repeats_the_draw(use_reentrant: bool) -> None:
 
 def test_autocast_finds_states_of_two_types() -> None:
     query, key, value = states(9, 9)
-    drawn = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
+    masked_ranks = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        output = flex_hard_attention(query, key, value.bfloat16(), drawn)
+        output = flex_hard_attention(query, key, value.bfloat16(), masked_ranks)
     assert output.dtype == torch.bfloat16
     rounded = (tensor.bfloat16() for tensor in (query, key, value))
-    torch.testing.assert_close(output, hard_attention(*rounded, drawn), rtol=0, atol=2e-2)
+    torch.testing.assert_close(output, hard_attention(*rounded, masked_ranks), rtol=0, atol=2e-2)
 
 
 @pytest.mark.slow

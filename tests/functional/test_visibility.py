@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.functional import visibility, visible_neighbours, visible_sums
+from hf_attentiondrop.functional import PrefixSums, visibility, visible_neighbors
 from hf_attentiondrop.functional.visibility import once_per_mask
 
 from ..models import build, enable_checkpointing, inputs
@@ -66,14 +66,14 @@ def test_nothing_keeps_a_mask_alive(kind: str, dtype: torch.dtype) -> None:
     mask = visible[kind].expand(1, 1, 9, 9).clone()
     mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     lengths = {"query_length": 9, "key_length": 9, "device": torch.device("cpu"), "is_causal": True}
-    kept_before = len(visibility._found)
-    visible_sums(mask, **lengths)
-    visible_neighbours(mask, width=3, is_cross=False, **lengths)
-    assert len(visibility._found) == kept_before + 1
+    kept_before = len(visibility._cache)
+    PrefixSums.from_mask(mask, **lengths)
+    visible_neighbors(mask, width=3, is_cross=False, **lengths)
+    assert len(visibility._cache) == kept_before + 1
     gone = weakref.ref(mask)
     del mask
     gc.collect()
-    assert gone() is None and len(visibility._found) == kept_before
+    assert gone() is None and len(visibility._cache) == kept_before
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False])
@@ -81,8 +81,8 @@ def test_the_layers_of_a_model_share_what_the_first_one_found(
     use_reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    original = visibility.shown_keys
-    monkeypatch.setattr(visibility, "shown_keys", lambda mask: looks.append(1) or original(mask))
+    original = visibility.boolean_mask
+    monkeypatch.setattr(visibility, "boolean_mask", lambda mask: looks.append(1) or original(mask))
     model = build("bert", attention_drop=AttentionDropConfig(variant="blur")).train()
     if use_reentrant is not None:
         enable_checkpointing(model, use_reentrant=use_reentrant)

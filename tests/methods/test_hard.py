@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_attentiondrop import HardMasking
-from hf_attentiondrop.functional.hard import blocks
+from hf_attentiondrop.functional.blockwise import blocks
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The highest scores of each query, by a kernel that computes the scores tile by tile and keeps none.
 
 Triton comes with the CUDA builds of torch, and with them alone: only import this module where it is needed.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attentiondrop.functional import VisibleSums, rescale_output, visible_sums
+from hf_attentiondrop.functional import PrefixSums, rescale_output
 from hf_attentiondrop.functional import prefix_sums as sums
 
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
@@ -16,8 +16,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums, "CHUNK", 4)
 
 
-def sums_of(mask: Tensor | None, queries: int, keys: int, is_causal: bool = True) -> VisibleSums:
-    return visible_sums(mask, is_causal=is_causal, query_length=queries, key_length=keys, device=torch.device("cpu"))
+def sums_of(mask: Tensor | None, queries: int, keys: int, is_causal: bool = True) -> PrefixSums:
+    return PrefixSums.from_mask(
+        mask, is_causal=is_causal, query_length=queries, key_length=keys, device=torch.device("cpu")
+    )
 
 
 def plain_sums(value: Tensor, visible: Tensor) -> Tensor:
@@ -68,21 +70,24 @@ def test_equals_the_plain_sum_and_its_gradient(case: AttentionCase, as_in_models
 @pytest.mark.parametrize(
     ("mask", "rule"),
     [
-        *((CASES_BY_NAME[name].mask, "_OneForAll") for name in ("padding_right", "padding_left", "float_padding")),
-        (CASES_BY_NAME["cached_one_query"].mask, "_OneForAll"),
+        *((CASES_BY_NAME[name].mask, "_SharedRow") for name in ("padding_right", "padding_left", "float_padding")),
+        (CASES_BY_NAME["cached_one_query"].mask, "_SharedRow"),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("causal", "causal_padding_left", "causal_packed")),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("packed", "sliding_window", "two_sided_window")),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("cached_padding_left", "blind_causal")),
         *((mask, "_Intervals") for mask in (middle_padding, blind_middle, prefix)),
-        (CASES_BY_NAME["arbitrary"].mask, "_Product"),
-        (lambda: torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 1]]).bool()[None, None], "_Product"),  # in one way only
+        (CASES_BY_NAME["arbitrary"].mask, "_MatrixProduct"),
+        (
+            lambda: torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 1]]).bool()[None, None],
+            "_MatrixProduct",
+        ),
     ],
 )
 def test_only_arbitrary_masks_cost_a_product(mask: object, rule: str) -> None:
     visible = mask()
     queries, keys = visible.shape[-2:]
     found = sums_of(visible, queries, keys)
-    assert type(found.rule).__name__ == rule
+    assert type(found.linear_map).__name__ == rule
     value = torch.randn(3, 2, keys, 4, dtype=torch.float64)
     visible = visible if visible.dtype == torch.bool else visible == 0
     wanted = plain_sums(value, visible.expand(3, 2, -1, -1))
@@ -126,7 +131,7 @@ def test_a_product_in_half_precision_neither_overflows_nor_drifts(dtype: torch.d
     torch.testing.assert_close(found.total(value).double(), wanted, rtol=2**-8, atol=0)
 
 
-def factors(case: AttentionCase, sums: VisibleSums) -> tuple[Tensor, Tensor]:
+def factors(case: AttentionCase, sums: PrefixSums) -> tuple[Tensor, Tensor]:
     """`α` and `β`, random, as [`rescale_output`] takes them."""
     alpha, beta = torch.rand(2, case.batch_size, case.queries, case.heads, dtype=torch.float64)
     beta = beta.masked_fill(sums.lengths.isinf(), 0.0)
