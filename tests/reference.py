@@ -69,6 +69,20 @@ def hit_scores(
     return torch.where(hits, torch.zeros_like(scores), scores), visible
 
 
+def dropped_keys(visible: torch.Tensor, uniform: torch.Tensor, p: float) -> torch.Tensor:
+    """DropKey: the dropped keys, row by row; `uniform` `(B, H, Q|1, K)` holds the number drawn for each key."""
+    dropped, uniform = torch.zeros_like(visible), uniform.expand(visible.shape)
+    for row in torch.cartesian_prod(*map(torch.arange, visible.shape[:-1])).tolist():
+        row = tuple(row)
+        keys = visible[row].nonzero().flatten().tolist()
+        below = [key for key in keys if uniform[row][key] < p]
+        if below and len(below) == len(keys):
+            below.remove(max(below, key=lambda key: uniform[row][key].item()))
+        for key in below:
+            dropped[(*row, key)] = True
+    return dropped
+
+
 def blurred_scores(scores: torch.Tensor, own_view: torch.Tensor, sigma: torch.Tensor, width: int) -> torch.Tensor:
     """Blur: every content score blended with those of the neighbours that its key may attend to, itself included.
 

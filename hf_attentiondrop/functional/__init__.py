@@ -9,6 +9,8 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
+from .dropkey.blockwise import dropkey_attention
+from .dropkey.masking import AXES, sample_key_mask
 from .gate import gate_output
 from .hard.blockwise import hard_attention
 from .hard.flex import flex_hard_attention
@@ -29,6 +31,7 @@ from .visibility import (
 
 __all__ = [
     "ACTIVATIONS",
+    "AXES",
     "BIAS_LENGTHS",
     "FILLS",
     "INITS",
@@ -39,6 +42,7 @@ __all__ = [
     "block_mask",
     "blur_keys",
     "boolean_mask",
+    "dropkey_attention",
     "expand_heads",
     "flex_hard_attention",
     "gate_output",
@@ -54,6 +58,7 @@ __all__ = [
     "query_offset",
     "rescale_output",
     "rescale_weights",
+    "sample_key_mask",
     "sample_masked_ranks",
     "sample_masked_scores",
     "visible_keys",

@@ -1,0 +1,169 @@
+"""DropKey with one draw per score without the score matrix, on CPU.
+
+Each block draws its dropped keys from a seed while its scores are in the cache. The backward pass draws them again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blockwise.attention import (
+    Perturb,
+    attend_blockwise,
+    check_constant_mask,
+    differentiate_blockwise,
+    empty_gradients,
+    empty_output,
+)
+from ..blockwise.blocks import Block
+
+
+# Subtracted from the scores of dropped keys, which leaves them a weight of exactly 0.
+FAR_BELOW = 1e30
+
+
+def dropkey_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    p: float | Tensor,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention in which each visible key of a query is masked with probability `p`, without rescaling.
+
+    Args:
+        query: `(B, H, Q, D)`.
+        key: `(B, Hkv, K, D)`.
+        value: `(B, Hkv, K, Dv)`.
+        mask: boolean (true = may attend) or additive, `(B|1, H|1, Q|1, K)`, see [`visible_keys`]; `None` leaves
+            causality alone to decide.
+        p: drop probability in [0, 1], rounded to multiples of 2^-16; a number or a tensor `()`. A tensor can change
+            without recompilation.
+        is_causal: without a mask, query `i` sees keys `0..i`.
+        scaling: factor of the scores; `D ** -0.5` by default.
+        dropout: dropout probability of the weights, in [0, 1]; kept weights are scaled by `1 / (1 - dropout)`.
+
+    Returns:
+        `(B, Q, H, Dv)` in the dtype of the values, computed in at least float32. A row that would lose all its
+        visible keys keeps one of them, drawn uniformly; fully masked rows give zeros. No gradient flows into a masked
+        score, and there is no second derivative. Draws one number from the global generator, which seeds the rest.
+
+    Raises:
+        ValueError: if the mask requires a gradient.
+
+    Source: DropKey (CVPR 2023).
+
+    Example:
+
+    >>> query, key, value = torch.ones(1, 1, 1, 1), torch.tensor([[[[2.0], [1.0], [1.0]]]]), torch.eye(3)[None, None]
+    >>> dropkey_attention(query, key, value, p=0.0)
+    tensor([[[[0.5761, 0.2119, 0.2119]]]])
+    >>> dropkey_attention(query, key, value, p=1.0).sort().values
+    tensor([[[[0., 0., 1.]]]])
+    """
+    check_constant_mask(mask, "Detach the mask, or add it to attention_scores and mask those by sample_key_mask.")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p = torch.as_tensor(p, dtype=torch.float64)
+    # Drawn outside of the operator, where activation checkpointing and compiled graphs can repeat it.
+    seed = torch.randint(2**62, ())
+    return _attend(query, key, value, mask, p, seed, is_causal, scaling, dropout)
+
+
+@torch.library.custom_op("hf_attentiondrop::dropkey_attention", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: Tensor,
+    seed: Tensor,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    options: dict[str, Any] = {
+        "mask": mask,
+        "seed": seed,
+        "is_causal": is_causal,
+        "scaling": scaling,
+        "dropout": dropout,
+    }
+    return attend_blockwise(query, key, value, _drop_keys(p), **options)
+
+
+@_attend.register_fake
+def _empty_output(query: Tensor, key: Tensor, value: Tensor, *others: object) -> Tensor:
+    return empty_output(query, value)
+
+
+@torch.library.custom_op("hf_attentiondrop::dropkey_attention_backward", mutates_args=())
+def _differentiate(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: Tensor,
+    seed: Tensor,
+    output: Tensor,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    options: dict[str, Any] = {
+        "mask": mask,
+        "seed": seed,
+        "is_causal": is_causal,
+        "scaling": scaling,
+        "dropout": dropout,
+    }
+    # Dropped keys have a weight of 0, so the softmax already gives their scores a gradient of 0.
+    return differentiate_blockwise(grad_output, query, key, value, output, _drop_keys(p), **options)
+
+
+@_differentiate.register_fake
+def _empty_gradients(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value)
+
+
+def _drop_keys(p: Tensor) -> Perturb:
+    """Masks the scores of dropped keys; equal seeds drop equal keys."""
+    num_dropped = round(p.item() * 2**16)  # of 2**16 words
+
+    def drop_keys(block: Block, scores: Tensor) -> None:
+        if num_dropped == 0:
+            return
+        # int16 spans [-2**15, 2**15). Unlike masked_fill_, float arithmetic is vectorized.
+        dropped = torch.le(block.random_words(), num_dropped - 2**15 - 1, out=block.buffer(1))
+        scores.sub_(dropped, alpha=FAR_BELOW)
+        loses_all = scores.amax(dim=-1) < -FAR_BELOW / 2
+        if loses_all.any():
+            scores[loses_all] = _keep_one_key(scores[loses_all], block.generator)
+
+    return drop_keys
+
+
+def _keep_one_key(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Scores `(rows, keys)` that give one uniformly drawn visible key of each row a weight of 1."""
+    uniform = torch.rand(scores.shape, generator=generator).masked_fill_(scores == -torch.inf, -1.0)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, uniform.argmax(dim=-1, keepdim=True), 0.0)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, mask, p, seed, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, mask, p, seed, output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    return *_differentiate(grad_output, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+_attend.register_autograd(_backward, setup_context=_save_for_backward)
