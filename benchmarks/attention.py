@@ -1,20 +1,19 @@
-"""Time and memory of the attention functions beside stock SDPA and eager attention, forward and backward.
+"""Time and memory of the attention functions relative to stock SDPA, forward and backward.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda --dtype bfloat16
     python benchmarks/attention.py --cases bert-128 vit-197 --methods blur
 
-Times are ratios to SDPA with the same mask, in runs that take turns: medians, and quartiles in the JSON file. Memory
-is what one step adds to the peak, on the CPU in a fresh process. Eager attention is left out where its weights do not
-fit.
+Times are ratios to SDPA with the same mask, in alternating runs: medians, with quartiles in the JSON file. Memory is
+the increase of the peak during one step, on CPU in a new process. Eager attention is skipped if its weights would not
+fit in memory.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Case:
     has_new_mask: bool = False  # at every step, as in a model of a single layer
 
     def visible(self) -> Tensor | None:
-        """`(B|1, 1, N, N)`; `None` where SDPA needs no mask."""
+        """`(B|1, 1, N, N)`; `None` if SDPA needs no mask."""
         if self.mask in ("none", "causal"):
             return None
         positions = torch.arange(self.length)
@@ -76,18 +75,49 @@ CASES = {
     "causal-16384": Case(1, 2, 16384, mask="causal"),
 }
 GROWTH = {f"growth-{length}": Case(1, 2, length, mask="causal") for length in (1024, 2048, 4096, 8192)}
-DROPS = {
-    "hard": AttentionDropConfig(variant="hard"),
-    "hard, zero": AttentionDropConfig(variant="hard", fill="zero"),
-    "blur": AttentionDropConfig(variant="blur"),
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an attention module calls attention.
+
+    Args:
+        attend: the attention function.
+        implementation: its name in Transformers.
+        entries: entries of the model config.
+        has_states: whether the function takes the hidden states.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    implementation: str
+    entries: dict[str, Any] = field(default_factory=dict)
+    has_states: bool = False
+
+
+def drop(**settings: Any) -> Method:
+    """A perturbation with these settings."""
+    return Method(attention_drop_forward, "attentiondrop", {"attention_drop": AttentionDropConfig(**settings)})
+
+
+def reweighting(implementation: str, config: Any) -> Method:
+    """A learned reweighting."""
+    return Method(reweighted_attention_forward, implementation, {"attention_reweighting": config}, has_states=True)
+
+
+SDPA = Method(sdpa_attention_forward, "sdpa")
+METHODS = {
+    "eager": Method(eager_attention_forward, "eager"),
+    "hard": drop(variant="hard"),
+    "hard, zero": drop(variant="hard", fill="zero"),
+    "blur": drop(variant="blur"),
+    "affine": reweighting("affine_scaled", AffineScaledConfig()),
 }
-METHODS = ("eager", *DROPS, "affine")
 # Eager attention holds several such matrices.
 MOST_WEIGHTS = 2**27
 
 
 def attention_module(case: Case, implementation: str, entries: dict[str, Any]) -> nn.Module:
-    """An attention module as a model has it, in training mode."""
+    """An attention module of a model, in training mode."""
     hidden_size = case.heads * case.head_dim
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -106,37 +136,31 @@ def make_step(method: str, case: Case, dtype: torch.dtype, device: str) -> Calla
     """Forward and backward of an attention call by one method."""
     torch.manual_seed(0)
     visible, kv_heads = case.visible(), case.kv_heads or case.heads
-    # In memory as models hold them: all heads of a token beside each other.
+    # Memory layout of models: all heads of a token are contiguous.
     shapes = [(case.batch_size, case.length, heads, case.head_dim) for heads in (case.heads, kv_heads, kv_heads)]
     qkv = [torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for shape in shapes]
     leaves = list(qkv)
     mask = None if visible is None else visible.to(device)
     options: dict[str, Any] = {"is_causal": case.mask == "causal"}
-    if method == "affine":
-        module = attention_module(case, "affine_scaled", {"attention_reweighting": AffineScaledConfig()})
+    settings = {"sdpa": SDPA, **METHODS}[method]
+    module = attention_module(case, settings.implementation, settings.entries).to(device, dtype)
+    if settings.has_states:
         states = torch.randn(case.batch_size, case.length, case.heads * case.head_dim, dtype=dtype, device=device)
         leaves.append(states.requires_grad_())
-        attend = partial(reweighted_attention_forward, reweighting_states=states)
-    elif method in DROPS:
-        module = attention_module(case, "attentiondrop", {"attention_drop": DROPS[method]})
-        attend = attention_drop_forward
-    else:
-        module = attention_module(case, method, {})
-        attend = sdpa_attention_forward if method == "sdpa" else eager_attention_forward
-    module.to(device, dtype)
+        options["reweighting_states"] = states
     if method == "eager":
         if case.mask == "causal":
             mask = torch.ones(case.length, case.length, dtype=torch.bool, device=device).tril()[None, None]
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
-    # What follows attention in a model makes the gradient of its output, and neither of them outlives its use.
+    # As in a model, the gradient of the output comes from later layers, and neither tensor outlives its use.
     direction = torch.randn(case.batch_size, case.length, case.heads, case.head_dim, dtype=dtype, device=device)
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
         call_mask = mask.clone() if case.has_new_mask else mask
-        output, _ = attend(module, *qkv, call_mask, scaling=case.head_dim**-0.5, dropout=0.0, **options)
+        output, _ = settings.attend(module, *qkv, call_mask, scaling=case.head_dim**-0.5, dropout=0.0, **options)
         loss = (output * direction).sum()
         del output
         loss.backward()
@@ -148,7 +172,7 @@ def memory(method: str, case: Case, dtype: torch.dtype, device: str, threads: in
     """Extra peak memory of a step, gradients included."""
     torch.set_num_threads(threads)
     if device == "cpu":
-        make_step(method, Case(1, 2, 8, mask=case.mask), dtype, device)()  # loads what is loaded on first use
+        make_step(method, Case(1, 2, 8, mask=case.mask), dtype, device)()  # loads lazily loaded libraries
     return peak_megabytes(make_step(method, case, dtype, device), device)
 
 
@@ -183,10 +207,10 @@ def table(results: dict[str, Any]) -> str:
         f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s), {setup['dtype']}; torch "
         f"{setup['torch']}, transformers {setup['transformers']}.",
         "",
-        "Time as a multiple of SDPA's with the same mask, median of "
-        f"{setup['repeats']} runs that take turns; in brackets the extra peak memory in MB (10⁶ bytes), gradients "
-        "included. A dash stands where the weights would not fit. What a method has to find out about a mask it finds "
-        "out once, as layers share their mask; rows with a new mask at every step are what it costs if none does.",
+        "Time relative to SDPA with the same mask (1.00 = no overhead), median of "
+        f"{setup['repeats']} alternating runs; in parentheses the extra peak memory in MB (10⁶ bytes), including "
+        "gradients. A dash means that the weights would not fit in memory. Methods analyze a mask once, because the "
+        "layers of a model share it; rows with a new mask at every step include the analysis in every step.",
         "",
         "| case | B, H, N, D | SDPA ms | " + " | ".join(methods) + " |",
         "|---|---|---:|" + "---:|" * len(methods),
@@ -226,7 +250,7 @@ def main() -> None:
 
     dtype, device = getattr(torch, arguments.dtype), arguments.device
     methods = {name: ["sdpa", *(m for m in arguments.methods if fits(m, known[name]))] for name in arguments.cases}
-    # All memory first: a process that has done large work before would lend its free memory to its children.
+    # Memory first: forked processes would inherit the free memory of a process that has run large steps.
     peaks = {
         (name, method): measure_memory(memory, (method, known[name], dtype, device, arguments.threads), device)
         for name in arguments.cases
