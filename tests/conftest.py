@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,6 @@ def flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_attentiondrop.functional import bit_mask
 
     if not torch.cuda.is_available():
-        compiled = bit_mask.compile_for_many_calls(flex.flex_attention, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(bit_mask, "_compiled_flex_attention", lambda: compiled)
+        compiled = cache(partial(bit_mask.compile_for_many_calls, fullgraph=True, backend="aot_eager"))
+        monkeypatch.setattr(bit_mask, "_compile", compiled)
         monkeypatch.setattr(flex, "_validate_device", lambda *_: None)

@@ -10,6 +10,7 @@ from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale,
 from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
 from .dropkey.blockwise import dropkey_attention
+from .dropkey.flex import flex_dropkey_attention
 from .dropkey.masking import AXES, sample_key_mask
 from .gate import gate_output
 from .hard.blockwise import hard_attention
@@ -44,6 +45,7 @@ __all__ = [
     "boolean_mask",
     "dropkey_attention",
     "expand_heads",
+    "flex_dropkey_attention",
     "flex_hard_attention",
     "gate_output",
     "gaussian_window",

@@ -47,8 +47,8 @@ def attend_with_bit_mask(
     Returns:
         `(B, Q, H, Dv)` in the dtype of the values, zeros for fully masked rows.
     """
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    output = attend(
+    # Without compilation FlexAttention materializes all scores.
+    output = compiled(flex_attention)(
         query,
         key,
         value,
@@ -66,6 +66,16 @@ def num_words(num_keys: int) -> int:
     return -(-num_keys // BITS_PER_WORD)
 
 
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function compiled once per process, or itself inside of a compiled graph."""
+    return function if torch.compiler.is_compiling() else _compile(function)
+
+
+@functools.cache
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return compile_for_many_calls(function, fullgraph=True)
+
+
 def compile_for_many_calls(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
     """`torch.compile` with a limit of `COMPILED_FUNCTIONS` variants of the function."""
     if "recompile_limit" in torch.compile.__kwdefaults__:
@@ -79,12 +89,6 @@ def compile_for_many_calls(function: Callable[..., Tensor], **options: Any) -> C
             return compiled(*args, **kwargs)
 
     return run
-
-
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    # Without compilation FlexAttention materializes all scores.
-    return compile_for_many_calls(flex_attention, fullgraph=True)
 
 
 def _fill_scores(words: Tensor, fill: str) -> Callable[..., Tensor]:
