@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from hf_attentiondrop.functional import dropkey_attention
+from hf_attentiondrop.functional import AXES, dropkey_attention, sample_key_mask
 from hf_attentiondrop.functional.blockwise import blocks
 
 from .. import reference
@@ -28,39 +28,50 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weights(
-    case: AttentionCase, p: float | Tensor, dropout: float = 0.0, dtype: torch.dtype = torch.float64
+    case: AttentionCase,
+    p: float | Tensor,
+    dropout: float = 0.0,
+    axis: str = "score",
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The attention weights of queries that are zero, `(B, H, Q, K)`."""
     query, key, _ = case.tensors(dtype)
     value = torch.eye(case.keys, dtype=dtype).expand(case.batch_size, case.kv_heads, -1, -1)
-    options = {"is_causal": case.is_causal, "p": p, "dropout": dropout}
+    options = {"is_causal": case.is_causal, "p": p, "axis": axis, "dropout": dropout}
     return dropkey_attention(torch.zeros_like(query), key, value, case.mask(), **options).transpose(1, 2)
 
 
-def attend(name: str, p: float, dropout: float = 0.0) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def attend(
+    name: str, p: float, dropout: float = 0.0, axis: str = "score"
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """DropKey under one draw, as a function of query, key and value alone, and these."""
     case = CASES_BY_NAME[name]
     tensors = tuple(tensor[..., :4].requires_grad_() for tensor in case.tensors())
 
     def function(*states: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return dropkey_attention(*states, case.mask(), p=p, is_causal=case.is_causal, dropout=dropout)
+        return dropkey_attention(*states, case.mask(), p=p, axis=axis, is_causal=case.is_causal, dropout=dropout)
 
     return function, tensors
 
 
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("p", [0.0, 0.4, 0.9, 1.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_definition_forward_and_backward(case: AttentionCase, p: float) -> None:
+def test_equals_the_definition_forward_and_backward(case: AttentionCase, p: float, axis: str) -> None:
     torch.manual_seed(5)
-    kept = weights(case, p) > 0
+    kept = weights(case, p, axis=axis) > 0
+    if axis == "column":
+        torch.manual_seed(5)
+        mask = sample_key_mask(kept.shape, case.mask(), p=p, axis=axis, is_causal=case.is_causal)
+        assert torch.equal(kept, mask.expand(kept.shape))
     assert not (kept & ~case.visible).any()
     assert torch.equal(kept.any(dim=-1), case.visible.any(dim=-1))
     if p in (0.0, 1.0):
         assert torch.equal(kept.sum(dim=-1), case.visible.sum(dim=-1).clamp_max(1 if p else case.keys))
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
     torch.manual_seed(5)
-    found = dropkey_attention(*tensors, case.mask(), p=p, is_causal=case.is_causal, scaling=0.3)
+    found = dropkey_attention(*tensors, case.mask(), p=p, axis=axis, is_causal=case.is_causal, scaling=0.3)
     query, key, value = tensors
     scores = reference.final_scores(query, key, scaling=0.3, bias=case.bias)
     expected = reference.attend(scores, value, kept)[0]
@@ -69,21 +80,27 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, p: floa
     torch.testing.assert_close(*results, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("axis", "dropout"), [("score", 0.0), ("score", 0.3), ("column", 0.3)])
 @pytest.mark.parametrize("p", [0.4, 1.0])
 @pytest.mark.parametrize("name", [*NAMES, *ADDITIVE])
-def test_gradients_are_the_slopes(name: str, p: float, dropout: float) -> None:
-    assert gradcheck(*attend(name, p, dropout), fast_mode=True)
+def test_gradients_are_the_slopes(name: str, p: float, axis: str, dropout: float) -> None:
+    assert gradcheck(*attend(name, p, dropout, axis), fast_mode=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "dropout"), [("causal_without_mask", 0.0), ("masks_per_head_grouped", 0.3), ("float_with_bias", 0.3)]
+    ("name", "axis", "dropout"),
+    [
+        ("causal_without_mask", "score", 0.0),
+        ("masks_per_head_grouped", "column", 0.3),
+        ("float_with_bias", "score", 0.3),
+    ],
 )
-def test_the_operator_follows_the_rules_of_torch(name: str, dropout: float) -> None:
+def test_the_operator_follows_the_rules_of_torch(name: str, axis: str, dropout: float) -> None:
     case, (_, tensors) = CASES_BY_NAME[name], attend(name, 0.4)
+    columns = torch.rand(3, 4, 1, 9) if axis == "column" else None
     p, seed = torch.tensor(0.4, dtype=torch.float64), torch.tensor(5)
     operator = torch.ops.hf_attentiondrop.dropkey_attention.default
-    torch.library.opcheck(operator, (*tensors, case.mask(), p, seed, case.is_causal, 0.5, dropout))
+    torch.library.opcheck(operator, (*tensors, case.mask(), p, columns, seed, case.is_causal, 0.5, dropout))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -133,10 +150,10 @@ def test_dropout_acts_on_the_remaining_weights(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_repeats_the_draw(dropout: float, use_reentrant: bool) -> None:
+@pytest.mark.parametrize(("axis", "dropout"), [("score", 0.0), ("score", 0.3), ("column", 0.3)])
+def test_checkpointing_repeats_the_draw(axis: str, dropout: float, use_reentrant: bool) -> None:
     def layer(*states: Tensor) -> Tensor:
-        return dropkey_attention(*states, p=0.5, dropout=dropout)
+        return dropkey_attention(*states, p=0.5, axis=axis, dropout=dropout)
 
     gradients = []
     for run in (layer, lambda *states: checkpoint(layer, *states, use_reentrant=use_reentrant)):
@@ -147,12 +164,12 @@ def test_checkpointing_repeats_the_draw(dropout: float, use_reentrant: bool) -> 
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", ["none", "float_with_bias"])
-def test_compiled_into_one_graph_it_draws_the_same_for_every_rate(name: str) -> None:
+@pytest.mark.parametrize(("name", "axis"), [("none", "column"), ("float_with_bias", "score")])
+def test_compiled_into_one_graph_it_draws_the_same_for_every_rate(name: str, axis: str) -> None:
     tensors, mask = attend(name, 0.5)[1], CASES_BY_NAME[name].mask()
 
     def total(p: Tensor, *states: Tensor) -> Tensor:
-        return dropkey_attention(*states, mask, p=p, dropout=0.3).square().sum()
+        return dropkey_attention(*states, mask, p=p, axis=axis, dropout=0.3).square().sum()
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -1,8 +1,10 @@
-"""DropKey with one draw per score without the score matrix, on CPU.
+"""DropKey without the score matrix, on CPU.
 
-Each block draws its dropped keys from a seed while its scores are in the cache. The backward pass draws them again.
+With one draw per score, each block draws its dropped keys from a seed while its scores are in the cache, and the
+backward pass draws them again.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ..blockwise.attention import (
     empty_output,
 )
 from ..blockwise.blocks import Block
+from .masking import check_axis
 
 
 # Subtracted from the scores of dropped keys, which leaves them a weight of exactly 0.
@@ -30,6 +33,7 @@ def dropkey_attention(
     mask: Tensor | None = None,
     *,
     p: float | Tensor,
+    axis: str = "score",
     is_causal: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -42,8 +46,9 @@ def dropkey_attention(
         value: `(B, Hkv, K, Dv)`.
         mask: boolean (true = may attend) or additive, `(B|1, H|1, Q|1, K)`, see [`visible_keys`]; `None` leaves
             causality alone to decide.
-        p: drop probability in [0, 1], rounded to multiples of 2^-16; a number or a tensor `()`. A tensor can change
-            without recompilation.
+        p: drop probability in [0, 1]; a number or a tensor `()`, which can change without recompilation.
+        axis: `"score"` draws for every query and key, with `p` rounded to multiples of 2^-16; `"column"` once per key,
+            sample and head for all queries, with the random numbers of [`sample_key_mask`].
         is_causal: without a mask, query `i` sees keys `0..i`.
         scaling: factor of the scores; `D ** -0.5` by default.
         dropout: dropout probability of the weights, in [0, 1]; kept weights are scaled by `1 / (1 - dropout)`.
@@ -51,10 +56,10 @@ def dropkey_attention(
     Returns:
         `(B, Q, H, Dv)` in the dtype of the values, computed in at least float32. A row that would lose all its
         visible keys keeps one of them, drawn uniformly; fully masked rows give zeros. No gradient flows into a masked
-        score, and there is no second derivative. Draws one number from the global generator, which seeds the rest.
+        score, and there is no second derivative. The global generator seeds everything else that is drawn.
 
     Raises:
-        ValueError: if the mask requires a gradient.
+        ValueError: if `axis` is neither `"score"` nor `"column"`, or if the mask requires a gradient.
 
     Source: DropKey (CVPR 2023).
 
@@ -66,12 +71,16 @@ def dropkey_attention(
     >>> dropkey_attention(query, key, value, p=1.0).sort().values
     tensor([[[[0., 0., 1.]]]])
     """
+    check_axis(axis)
     check_constant_mask(mask, "Detach the mask, or add it to attention_scores and mask those by sample_key_mask.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     p = torch.as_tensor(p, dtype=torch.float64)
     # Drawn outside of the operator, where activation checkpointing and compiled graphs can repeat it.
+    columns = None
+    if axis == "column":
+        columns = torch.rand(*query.shape[:2], 1, key.shape[-2], device=query.device)
     seed = torch.randint(2**62, ())
-    return _attend(query, key, value, mask, p, seed, is_causal, scaling, dropout)
+    return _attend(query, key, value, mask, p, columns, seed, is_causal, scaling, dropout)
 
 
 @torch.library.custom_op("hf_attentiondrop::dropkey_attention", mutates_args=())
@@ -81,6 +90,7 @@ def _attend(
     value: Tensor,
     mask: Tensor | None,
     p: Tensor,
+    columns: Tensor | None,
     seed: Tensor,
     is_causal: bool,
     scaling: float,
@@ -93,7 +103,7 @@ def _attend(
         "scaling": scaling,
         "dropout": dropout,
     }
-    return attend_blockwise(query, key, value, _drop_keys(p), **options)
+    return attend_blockwise(query, key, value, _drop_keys(p, columns), **options)
 
 
 @_attend.register_fake
@@ -109,6 +119,7 @@ def _differentiate(
     value: Tensor,
     mask: Tensor | None,
     p: Tensor,
+    columns: Tensor | None,
     seed: Tensor,
     output: Tensor,
     is_causal: bool,
@@ -124,7 +135,7 @@ def _differentiate(
         "dropout": dropout,
     }
     # Dropped keys have a weight of 0, so the softmax already gives their scores a gradient of 0.
-    return differentiate_blockwise(grad_output, query, key, value, output, _drop_keys(p), **options)
+    return differentiate_blockwise(grad_output, query, key, value, output, _drop_keys(p, columns), **options)
 
 
 @_differentiate.register_fake
@@ -134,36 +145,49 @@ def _empty_gradients(
     return empty_gradients(query, key, value)
 
 
-def _drop_keys(p: Tensor) -> Perturb:
-    """Masks the scores of dropped keys; equal seeds drop equal keys."""
-    num_dropped = round(p.item() * 2**16)  # of 2**16 words
+def _drop_keys(p: Tensor, columns: Tensor | None) -> Perturb:
+    """Masks the scores of dropped keys; equal seeds, or equal numbers of the columns, drop equal keys."""
+    probability = p.item()
+    num_dropped = round(probability * 2**16)  # of 2**16 words
 
-    def drop_keys(block: Block, scores: Tensor) -> None:
+    def drop_scores(block: Block, scores: Tensor) -> None:
         if num_dropped == 0:
             return
         # int16 spans [-2**15, 2**15). Unlike masked_fill_, float arithmetic is vectorized.
         dropped = torch.le(block.random_words(), num_dropped - 2**15 - 1, out=block.buffer(1))
-        scores.sub_(dropped, alpha=FAR_BELOW)
-        loses_all = scores.amax(dim=-1) < -FAR_BELOW / 2
+        loses_all = _mask(scores, dropped)
         if loses_all.any():
-            scores[loses_all] = _keep_one_key(scores[loses_all], block.generator)
+            lost = scores[loses_all]
+            scores[loses_all] = _keep_highest(lost, torch.rand(lost.shape, generator=block.generator))
 
-    return drop_keys
+    def drop_columns(columns: Tensor, block: Block, scores: Tensor) -> None:
+        numbers = columns[block.sample, block.heads, :, block.keys]  # (heads, 1, keys)
+        by_head = scores.view(len(numbers), -1, scores.shape[-1])
+        loses_all = _mask(by_head, (numbers < probability).to(scores.dtype))
+        if loses_all.any():
+            by_head[loses_all] = _keep_highest(by_head[loses_all], numbers.expand_as(by_head)[loses_all])
+
+    return drop_scores if columns is None else partial(drop_columns, columns)
 
 
-def _keep_one_key(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Scores `(rows, keys)` that give one uniformly drawn visible key of each row a weight of 1."""
-    uniform = torch.rand(scores.shape, generator=generator).masked_fill_(scores == -torch.inf, -1.0)
-    return torch.full_like(scores, -torch.inf).scatter_(-1, uniform.argmax(dim=-1, keepdim=True), 0.0)
+def _mask(scores: Tensor, dropped: Tensor) -> Tensor:
+    """Masks scores in place where `dropped` is 1 and not 0, and returns which rows lose all their keys."""
+    return scores.sub_(dropped, alpha=FAR_BELOW).amax(dim=-1) < -FAR_BELOW / 2
+
+
+def _keep_highest(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Scores `(rows, keys)` that give the visible key with the highest number in each row a weight of 1."""
+    kept = numbers.masked_fill(scores == -torch.inf, -1.0).argmax(dim=-1, keepdim=True)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, kept, 0.0)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, mask, p, seed, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, mask, p, seed, output)
+    query, key, value, mask, p, columns, seed, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, mask, p, columns, seed, output)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    return *_differentiate(grad_output, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+    return *_differentiate(grad_output, *ctx.saved_tensors, *ctx.settings), *[None] * 7
 
 
 _attend.register_autograd(_backward, setup_context=_save_for_backward)

@@ -47,8 +47,7 @@ def sample_key_mask(
     >>> sample_key_mask((1, 1, 4, 9), p=0.5, axis="column").shape
     torch.Size([1, 1, 1, 9])
     """
-    if axis not in AXES:
-        raise ValueError(f"`axis` must be one of {AXES}, got {axis!r}: it decides which scores share a draw.")
+    check_axis(axis)
     batch_size, num_heads, num_queries, num_keys = shape
     lengths = {"query_length": num_queries, "key_length": num_keys, "device": device}
     visible = visible_keys(mask, is_causal=is_causal, **lengths)
@@ -63,6 +62,12 @@ def sample_key_mask(
     # Where all numbers of a row are below p, any of its keys has the highest one with equal probability.
     kept = uniform >= highest.clamp_max(p)
     return kept if visible is None else kept & visible
+
+
+def check_axis(axis: str) -> None:
+    """Raises a `ValueError` if the axis is unknown."""
+    if axis not in AXES:
+        raise ValueError(f"`axis` must be one of {AXES}, got {axis!r}: it decides which scores share a draw.")
 
 
 def _running_maximum(uniform: Tensor, num_queries: int) -> Tensor:
