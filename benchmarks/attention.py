@@ -112,7 +112,7 @@ METHODS = {
     "blur": drop(variant="blur"),
     "affine": reweighting("affine_scaled", AffineScaledConfig()),
 }
-# Eager attention holds several such matrices.
+# Eager attention holds several matrices of this size.
 MOST_WEIGHTS = 2**27
 
 

@@ -1,4 +1,4 @@
-"""Blurring keys: identity, weights, precision, and what may never enter a blend."""
+"""Blurring keys: identity, weights, precision, and masked keys."""
 
 import math
 
@@ -10,7 +10,7 @@ from hf_attentiondrop.functional import blur_keys, gaussian_window, visible_neig
 from ..cases import CASES, AttentionCase
 
 
-def neighbours(case: AttentionCase, width: int = 5) -> torch.Tensor:
+def neighbors(case: AttentionCase, width: int = 5) -> torch.Tensor:
     return visible_neighbors(
         case.mask(),
         width=width,
@@ -24,8 +24,8 @@ def neighbours(case: AttentionCase, width: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [1, 3, 5, 9, 21])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_neighbours_are_the_token_s_own_view(case: AttentionCase, width: int) -> None:
-    found = neighbours(case, width).expand(case.batch_size, case.heads, case.keys, width)
+def test_neighbors_are_the_keys_that_the_token_sees(case: AttentionCase, width: int) -> None:
+    found = neighbors(case, width).expand(case.batch_size, case.heads, case.keys, width)
     half, view = width // 2, case.own_view
     for j in range(case.keys):
         for t in range(-half, half + 1):
@@ -36,7 +36,7 @@ def test_neighbours_are_the_token_s_own_view(case: AttentionCase, width: int) ->
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_sigma_zero_is_the_identity(case: AttentionCase) -> None:
     key = case.tensors()[1]
-    blurred = blur_keys(key, torch.zeros(case.batch_size), neighbours(case))
+    blurred = blur_keys(key, torch.zeros(case.batch_size), neighbors(case))
     assert torch.equal(blurred, key.repeat_interleave(blurred.shape[1] // key.shape[1], dim=1))
 
 
@@ -56,7 +56,7 @@ def test_a_key_that_its_own_token_does_not_see_counts_itself(sigma: float, side:
     torch.testing.assert_close(weights.flatten(), torch.tensor([side, 1 - 2 * side, side]), atol=1e-4, rtol=0)
 
 
-def test_hidden_keys_never_enter_whatever_they_hold() -> None:
+def test_masked_keys_never_enter_the_blend() -> None:
     visible = torch.tensor([True, True, True, False, False]).view(1, 1, 1, 5)
     around = visible_neighbors(
         visible, width=5, is_causal=False, is_cross=False, query_length=5, key_length=5, device=torch.device("cpu")
@@ -72,6 +72,6 @@ def test_half_precision_keys_are_accumulated_in_float32() -> None:
     case = CASES[0]
     key = case.tensors(torch.float32, head_dim=64)[1].bfloat16()
     sigma = torch.full((3,), 2.0)
-    blurred = blur_keys(key, sigma, neighbours(case, 9))
-    wanted = blur_keys(key.float(), sigma, neighbours(case, 9))
+    blurred = blur_keys(key, sigma, neighbors(case, 9))
+    wanted = blur_keys(key.float(), sigma, neighbors(case, 9))
     assert blurred.dtype == torch.bfloat16 and torch.equal(blurred, wanted.bfloat16())

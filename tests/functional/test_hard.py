@@ -44,7 +44,7 @@ def test_a_row_that_would_lose_everything_keeps_one_key() -> None:
 
 
 @pytest.mark.parametrize("num_visible", [2, 4, None])
-def test_the_key_that_is_kept_is_drawn_uniformly(num_visible: int | None) -> None:
+def test_the_kept_key_of_a_row_is_uniform(num_visible: int | None) -> None:
     visible = None if num_visible is None else (torch.arange(5) < num_visible).view(1, 1, 1, 5)
     is_masked = sample_masked_scores(torch.randn(8, 4, 500, 5), visible, p=1.0, k=5)
     length = num_visible or 5
@@ -54,8 +54,8 @@ def test_the_key_that_is_kept_is_drawn_uniformly(num_visible: int | None) -> Non
 
 
 @pytest.mark.parametrize("num_keys", [1, 2, 4, 5, 6, 9])
-def test_the_share_that_is_dropped_grows_with_p(num_keys: int) -> None:
-    """And equals `p` among the candidates of a row with more than `k` keys, also where only the last are hidden."""
+def test_the_masked_fraction_grows_with_p(num_keys: int) -> None:
+    """And equals `p` among the candidates of a row with more than `k` keys, also if only the last keys are masked."""
     scores = torch.randn(8, 4, 500, 9)
     visible = (torch.arange(9) < num_keys).view(1, 1, 1, 9)
     candidates = min(num_keys, 5)

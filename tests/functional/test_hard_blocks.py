@@ -1,4 +1,4 @@
-"""Hard attention in blocks: derivatives, checkpointing, precision, and the keys that it leaves out."""
+"""Hard attention in blocks: derivatives, checkpointing, precision, and the keys that it skips."""
 
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def test_the_operator_follows_the_rules_of_torch(name: str, dropout: float, fill
 
 
 def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tensor:
-    """The weights themselves, `(draws, B, H, Q, K)`, each draw of which masks the same scores."""
+    """The attention weights, `(draws, B, H, Q, K)`, each draw of which masks the same scores."""
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     value = torch.eye(case.keys, dtype=torch.float64).expand(case.batch_size, case.kv_heads, -1, -1)
@@ -68,7 +68,7 @@ def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tenso
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped", "blind_float"])
-def test_dropout_takes_weights_out_at_its_rate_and_scales_the_others(name: str, fill: str) -> None:
+def test_dropout_has_its_rate_and_scales_the_kept_weights(name: str, fill: str) -> None:
     rate, draws = 0.3, 80
     plain, dropped = weights(name, fill, 0.0), weights(name, fill, rate, draws)
     is_kept = dropped != 0
@@ -79,14 +79,14 @@ def test_dropout_takes_weights_out_at_its_rate_and_scales_the_others(name: str, 
     assert (kept.mean(dim=1).std() / (rate * (1 - rate) / kept.shape[1]) ** 0.5 - 1).abs() < 0.3, "not independent"
 
 
-def test_dropout_draws_anew_for_every_block_and_sample() -> None:
+def test_dropout_is_independent_between_blocks_and_samples() -> None:
     is_kept = weights("none", "zero", 0.5)[0] != 0  # (B, H, Q, K)
     rows = is_kept.flatten(0, 2)
     assert len(rows.unique(dim=0)) > 0.75 * len(rows)  # 9 bits each
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1.0, 0.0), (1e-9, 1.0)])
-def test_dropout_at_its_ends(rate: float, kept: float) -> None:
+def test_dropout_at_its_limits(rate: float, kept: float) -> None:
     torch.testing.assert_close(weights("none", "mask", rate), kept * weights("none", "mask", 0.0))
 
 
@@ -98,7 +98,7 @@ def test_a_mask_that_requires_a_gradient_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_values_may_have_a_size_of_their_own(fill: str) -> None:
+def test_values_may_have_another_size(fill: str) -> None:
     query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
     masked_ranks = torch.rand(2, 4, 9, 3) < 0.5
     output = hard_attention(query, key, value, masked_ranks, fill=fill)
@@ -127,7 +127,7 @@ def test_no_gradient_flows_through_a_masked_score(fill: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["padding_right", "sliding_window", "causal_without_mask", "packed"])
-def test_keys_that_no_query_of_a_block_sees_are_left_out(name: str) -> None:
+def test_keys_that_no_query_of_a_block_sees_are_skipped(name: str) -> None:
     case = CASES_BY_NAME[name]
     query, key, _ = case.tensors()
     mask = case.mask()
@@ -157,7 +157,7 @@ def test_checkpointing_repeats_the_draw(fill: str, dropout: float, use_reentrant
 
 
 @pytest.mark.parametrize("name", ["none", "float_with_bias"])
-def test_compiled_in_one_graph_it_draws_the_same(name: str) -> None:
+def test_compiled_into_one_graph_it_draws_the_same(name: str) -> None:
     tensors = attend(name, "mask")[1]
     mask, num_visible = CASES_BY_NAME[name].mask(), CASES_BY_NAME[name].visible.sum(dim=-1, keepdim=True)
 
@@ -175,7 +175,7 @@ def test_compiled_in_one_graph_it_draws_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_autocast_does_not_reach_inside(fill: str) -> None:
+def test_autocast_does_not_change_the_precision(fill: str) -> None:
     function, tensors = attend("causal_without_mask", fill)
     states = [tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in tensors]
     results = []

@@ -1,4 +1,4 @@
-"""Hard attention by FlexAttention: the kernel that ranks, the bits, the blocks, and what compiling makes of them.
+"""Hard attention by FlexAttention: the ranking kernel, the bits, the blocks, and compilation.
 
 Without a GPU the kernel runs in Triton's interpreter, and FlexAttention as the tensor functions that define it.
 """
@@ -107,7 +107,7 @@ def test_the_kernel_follows_the_rules_of_torch() -> None:
     torch.library.opcheck(top_score_indices, (query, key, 2, causal(5, 5)))
 
 
-def test_scores_that_are_no_numbers_do_not_hang() -> None:
+def test_nan_and_infinite_scores_do_not_hang() -> None:
     query, key, _ = (tensor.detach() for tensor in states(5, 40))
     key[0, 0, 3] = torch.nan
     key[0, 0, 4] = torch.inf
@@ -115,7 +115,7 @@ def test_scores_that_are_no_numbers_do_not_hang() -> None:
     assert ((index >= -1) & (index < 40)).all() and (index[1] >= 0).all()
 
 
-def test_every_bit_of_every_word_is_its_key() -> None:
+def test_every_key_has_its_bit() -> None:
     num_keys = 70
     index = torch.stack([torch.randperm(num_keys)[:40] for _ in range(6)])
     is_masked = torch.rand(6, 40) < 0.5
@@ -171,7 +171,7 @@ def test_equals_the_definition_forward_and_backward(name: str, fill: str) -> Non
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_values_may_have_a_size_of_their_own(fill: str) -> None:
+def test_values_may_have_another_size(fill: str) -> None:
     query, key, value = states(9, 9)
     value = torch.cat([value, value], dim=-1)
     masked_ranks = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
@@ -180,7 +180,7 @@ def test_values_may_have_a_size_of_their_own(fill: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_lengths_do_not_keep_compiling() -> None:
+def test_changing_lengths_recompile_only_once() -> None:
     torch._dynamo.reset()
     counters.clear()
     for length in (11, 14, 19):
@@ -207,7 +207,7 @@ def test_checkpointing_repeats_the_draw(use_reentrant: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_autocast_finds_states_of_two_types() -> None:
+def test_autocast_accepts_states_of_two_dtypes() -> None:
     query, key, value = states(9, 9)
     masked_ranks = torch.rand(2, 2, 9, 3, device=DEVICE) < 0.5
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

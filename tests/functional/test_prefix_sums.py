@@ -1,4 +1,4 @@
-"""The sums of visible values: exact for every mask, cheap for the masks that occur, and in float32."""
+"""Sums over visible keys: exact for every mask, cheap for the common masks, and in float32."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ..cases import CASES, CASES_BY_NAME, AttentionCase
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even the short sequences here need several, and the last one is not full."""
+    """Chunks so small that the short sequences of these tests need several, the last one incomplete."""
     monkeypatch.setattr(sums, "CHUNK", 4)
 
 
@@ -29,19 +29,19 @@ def plain_sums(value: Tensor, visible: Tensor) -> Tensor:
 
 
 def middle_padding() -> Tensor:
-    """Rows of causal visibility around a key in the middle that nobody sees: two runs, and still one interval."""
+    """A causal mask with a masked key in the middle: each row is still one interval of the keys that are seen."""
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
     visible[:, 4] = False
     return visible[None, None]
 
 
-def blind_middle() -> Tensor:
-    """A query in the middle that sees nothing interrupts what the keys are seen by, and still all are intervals."""
+def fully_masked_row() -> Tensor:
+    """A mask with a fully masked row in the middle: each key is still seen by one interval of queries."""
     return middle_padding().mT.flip(-1, -2)
 
 
 def prefix() -> Tensor:
-    """The first four tokens see each other, the later ones what comes before them."""
+    """The first four tokens see each other, later tokens all earlier ones."""
     position = torch.arange(9)
     return ((position <= position[:, None]) | (position < 4))[None, None]
 
@@ -75,7 +75,7 @@ def test_equals_the_plain_sum_and_its_gradient(case: AttentionCase, as_in_models
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("causal", "causal_padding_left", "causal_packed")),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("packed", "sliding_window", "two_sided_window")),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("cached_padding_left", "blind_causal")),
-        *((mask, "_Intervals") for mask in (middle_padding, blind_middle, prefix)),
+        *((mask, "_Intervals") for mask in (middle_padding, fully_masked_row, prefix)),
         (CASES_BY_NAME["arbitrary"].mask, "_MatrixProduct"),
         (
             lambda: torch.tensor([[1, 1, 1], [0, 1, 0], [1, 1, 1]]).bool()[None, None],
@@ -96,7 +96,7 @@ def test_only_arbitrary_masks_cost_a_product(mask: object, rule: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "gathers"), [("causal", 0), ("causal_padding_left", 0), ("causal_packed", 2)])
-def test_what_starts_with_the_sequence_needs_no_differences(
+def test_intervals_from_the_start_need_no_differences(
     name: str, gathers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, original = [], sums._rows
@@ -154,7 +154,7 @@ def test_gradients_of_the_rescaled_output_are_the_slopes(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["none", "causal_without_mask", "cached_one_query", "causal_padding_left", "arbitrary"]
 )
-def test_compiled_in_one_graph_it_is_the_same(name: str) -> None:
+def test_compiled_into_one_graph_it_is_the_same(name: str) -> None:
     case = CASES_BY_NAME[name]
     query, _, value = case.tensors()
     mask = case.mask()
@@ -173,7 +173,7 @@ def test_compiled_in_one_graph_it_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [64, 65, 1000])
-def test_running_sums_at_the_length_of_a_chunk_and_beyond(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_sums_at_the_length_of_a_chunk_and_beyond(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     value = torch.randn(2, 3, length, 4, dtype=torch.float64)
     found = sums_of(None, length, length)
@@ -193,7 +193,7 @@ def test_without_gradients_it_is_the_same() -> None:
     assert torch.equal(rescale_output(*arguments), plain) and not plain.requires_grad
 
 
-def test_autocast_does_not_reach_inside() -> None:
+def test_autocast_does_not_change_the_precision() -> None:
     case = CASES_BY_NAME["causal_without_mask"]
     query, _, value = case.tensors(torch.float32)
     leaves = [query.transpose(1, 2).requires_grad_(), value.requires_grad_()]

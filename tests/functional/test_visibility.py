@@ -1,4 +1,4 @@
-"""What is found out about a mask is found once, and never outlives the mask or a change of it."""
+"""The cache per mask: one computation per mask, dropped when the mask is freed or modified."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from ..models import build, enable_checkpointing, inputs
 
 
 class Counter:
-    """Counts the keys that a mask shows, and how often it was asked to."""
+    """Counts the visible keys of a mask, and its own calls."""
 
     calls = 0
 
@@ -24,14 +24,14 @@ class Counter:
         return factor * int(mask.sum())
 
 
-def test_it_is_found_once_for_each_mask_and_question() -> None:
+def test_it_is_computed_once_per_mask_and_arguments() -> None:
     find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     find_once = once_per_mask(find)
     assert [find_once(mask) for _ in range(3)] == [9, 9, 9] and find.calls == 1
     assert [find_once(mask, 2), find_once(mask, factor=3)] == [18, 27] and find.calls == 3
     assert find_once(mask.clone()) == 9 and find.calls == 4, "another mask that happens to hold the same"
     assert [find_once(mask), find_once(mask, 2), find_once(mask, factor=3)] == [9, 18, 27] and find.calls == 4
-    assert once_per_mask(lambda mask: -1)(mask) == -1, "another question"
+    assert once_per_mask(lambda mask: -1)(mask) == -1, "another function"
 
 
 @pytest.mark.parametrize("through_a_view", [True, False])
@@ -43,7 +43,7 @@ def test_a_change_in_place_is_noticed(through_a_view: bool) -> None:
     assert find_once(mask) == (6 if through_a_view else 0)
 
 
-def test_tensors_of_inference_mode_are_looked_at_each_time() -> None:
+def test_tensors_of_inference_mode_are_not_cached() -> None:
     find, mask = Counter(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     find_once = once_per_mask(find)
     with torch.inference_mode():
@@ -77,9 +77,7 @@ def test_nothing_keeps_a_mask_alive(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False])
-def test_the_layers_of_a_model_share_what_the_first_one_found(
-    use_reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_layers_of_a_model_share_the_cache(use_reentrant: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     original = visibility.boolean_mask
     monkeypatch.setattr(visibility, "boolean_mask", lambda mask: looks.append(1) or original(mask))

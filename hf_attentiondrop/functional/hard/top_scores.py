@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
-"""The highest scores of each query, by a kernel that computes the scores tile by tile and keeps none.
+"""Finds the highest scores of each query by a Triton kernel that computes scores tile by tile and stores none.
 
-Triton comes with the CUDA builds of torch, and with them alone: only import this module where it is needed.
+Triton comes with the CUDA builds of torch only, so import this module only inside functions that need it.
 """
 
 import torch
@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-# Tiles of 32 keys that GPUs of the Ampere and the Hopper generation can rank in registers, up to head size 256 in half
-# precision and 128 in float32.
+# Ampere and Hopper GPUs can rank these tiles in registers, up to head size 256 in half precision and 128 in float32.
 QUERIES_PER_TILE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 KEYS_PER_TILE = 32
 
@@ -25,13 +24,13 @@ def top_score_indices(
     Args:
         query: `(B, H, Q, D)` in float16, bfloat16 or float32.
         key: `(B, Hkv, K, D)` in the same dtype.
-        k: how many scores to find, at least 1.
+        k: number of scores to find, at least 1.
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
-        is_causal: whether query `i` sees no key after `i`, of those that are visible.
+        is_causal: whether query `i` sees only visible keys `0..i`.
 
     Returns:
-        The keys of these scores from the highest down, int32 `(B, H, Q, k)`, -1 where a query sees fewer. Scores are
-        ranked in float32, ties in any order, and not scaled: a positive factor changes no rank.
+        The keys of these scores from the highest down, int32 `(B, H, Q, k)`, -1 beyond the visible keys of a query.
+        Scores are ranked in float32, ties in any order, without scaling: a positive factor changes no rank.
     """
     index = _empty_result(query, key, k)
     batch_size, num_heads, num_queries, size = query.shape
@@ -42,9 +41,9 @@ def top_score_indices(
         mask = visible.expand(batch_size, num_heads, num_queries, key.shape[-2]).view(torch.uint8)
         mask_strides = mask.stride()
     if triton.knobs.runtime.interpret:
-        # The interpreter, which runs kernels on a processor, would multiply the bits of bfloat16 as integers.
+        # The interpreter, which runs kernels on CPU, would multiply the bits of bfloat16 as integers.
         query, key = query.float(), key.float()
-    # One axis for everything: only the first axis of a grid may be longer than 65535.
+    # A one-dimensional grid: only the first axis of a grid may be longer than 65535.
     grid = (batch_size * num_heads * triton.cdiv(num_queries, rows),)
     with torch.cuda.device_of(query):
         _find_top_scores[grid](
@@ -78,7 +77,7 @@ def _empty_result(query: Tensor, key: Tensor, k: int, *others: object) -> Tensor
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores are to multiply; float32 by three products in TF32, which loses no more than its sums do."""
+    """Input precision of tensor cores; float32 by three products in TF32, which are as accurate as float32 sums."""
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
@@ -114,11 +113,11 @@ def _find_top_scores(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program per tile of queries of one head: it goes over the keys and keeps the best of each row in slots."""
+    """One program per tile of queries of one head: keeps the best keys of each row in slots."""
     tiles_per_head = tl.cdiv(num_queries, ROWS)
     tile = tl.program_id(0) % tiles_per_head
     row = tl.program_id(0) // tiles_per_head  # of all heads of all samples
-    # Offsets may take more than 32 bits.
+    # Offsets can exceed 32 bits.
     sample = (row // num_heads).to(tl.int64)
     head = (row % num_heads).to(tl.int64)
     query += sample * query_stride_b + head * query_stride_h
@@ -132,7 +131,7 @@ def _find_top_scores(
     query_offsets = rows[:, None].to(tl.int64) * query_stride_q + components * query_stride_d
     queries = tl.load(query + query_offsets, mask=is_row[:, None] & is_component, other=0.0)
 
-    # Slots that only make their number a power of two hold what no score can beat.
+    # Padding slots (the number of slots is a power of two) hold infinity, which no score replaces.
     slots = tl.arange(0, PADDED_K)[None, :]
     best = tl.full([ROWS, PADDED_K], -float("inf"), tl.float32)
     best = tl.where(slots < K, best, float("inf"))
@@ -169,9 +168,9 @@ def _find_top_scores(
 
 @triton.jit
 def _keep_best(scores, start, best, best_keys, PADDED_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Puts the highest score of each row in the place of the lowest kept, until no row has one that is higher.
+    """Replaces the lowest kept score of each row by the highest score of the tile while any row has a higher one.
 
-    The first tiles fill the slots; in a later one few scores are still among the best, and most rounds are saved.
+    The first tiles fill the slots; in later tiles few scores are among the best, so few rounds are needed.
     """
     slots = tl.arange(0, PADDED_K)[None, :]
     columns = tl.arange(0, COLUMNS)[None, :]
