@@ -18,6 +18,7 @@ from .methods import (  # noqa: E402
     AttentionSinkConfig,
     BlurredSmoothing,
     DropHead,
+    DropKey,
     GatedAttentionConfig,
     HardMasking,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "ConsistencyArguments",
     "ConsistencyTrainerMixin",
     "DropHead",
+    "DropKey",
     "GatedAttentionConfig",
     "HardMasking",
     "Report",

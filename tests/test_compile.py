@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from hf_attentiondrop import AffineScaledConfig, configure, report
-from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods import long_sequences
 
 from .methods import examples
 from .models import build, enable_checkpointing, inputs, require_one_graph
@@ -49,7 +49,7 @@ def test_training_compiles_in_one_graph_and_counts(family: str, variant: str) ->
 @pytest.mark.parametrize("variant", ["hard_mask", "hard_zero"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_hard_in_blocks_compiles_in_one_graph(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard, "FEW_SCORES", 0)
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
     check_one_graph(family, variant)
 
 
@@ -125,7 +125,7 @@ def test_compile_and_gradient_checkpointing_together() -> None:
 def test_a_share_of_the_keys_does_not_compile_again_for_other_masks_or_lengths(
     in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hard, "FEW_SCORES", 0 if in_blocks else 256 * 256)
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0 if in_blocks else 256 * 256)
     model = build("bert", dropout=False, attention_drop=DROPS["hard_share"]).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (10, 13, 17):

@@ -9,7 +9,7 @@ import torch
 
 from hf_attentiondrop.functional import hard_attention
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods import hard, long_sequences
 
 from .attention import make_module
 from .cases import CASES_BY_NAME
@@ -21,8 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def flex_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard, "FEW_SCORES", math.inf)
-    monkeypatch.setattr(hard, "FLEX_ATTENTION_BEYOND", {DEVICE: 8 * 8})
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", math.inf)
+    monkeypatch.setattr(long_sequences, "FLEX_ATTENTION_BEYOND", {DEVICE: 8 * 8})
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_it_is_taken_for_what_it_can_carry(
 
 
 def test_it_is_left_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard, "HAS_TRITON", False)
+    monkeypatch.setattr(long_sequences, "HAS_TRITON", False)
     monkeypatch.setattr(hard, "flex_hard_attention", None)
     case = CASES_BY_NAME["none"]
     attention_drop_forward(make_module(case, EXAMPLES["hard_mask"]), *case.tensors(torch.float32, 16), None)

@@ -10,7 +10,7 @@ from transformers import MarianMTModel
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.functional import flex_hard_attention, hard_attention, num_visible_keys, sample_masked_ranks
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods import long_sequences
 from hf_attentiondrop.methods.method import Perturbation
 
 from .attention import make_module, position_bias
@@ -117,7 +117,7 @@ def test_both_ways_of_hard_hit_the_same_scores(name: str, fill: str, monkeypatch
     mask = None if case.mask() is None else case.mask().cuda()
     results = []
     for beyond in ({}, {"cuda": 0}):
-        monkeypatch.setattr(hard, "FLEX_ATTENTION_BEYOND", beyond)
+        monkeypatch.setattr(long_sequences, "FLEX_ATTENTION_BEYOND", beyond)
         torch.manual_seed(0)
         output = attention_drop_forward(module, *tensors, mask)[0]
         results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
@@ -139,7 +139,7 @@ def test_hard_on_long_sequences_holds_no_score_matrix(fill: str) -> None:
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_model_trains_without_score_matrices(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard, "FLEX_ATTENTION_BEYOND", {"cuda": 0})
+    monkeypatch.setattr(long_sequences, "FLEX_ATTENTION_BEYOND", {"cuda": 0})
     config = build("marian", attention_drop={"p": 0.5}).config
     config.d_model = 64  # heads of 16, the least that FlexAttention takes
     model = MarianMTModel._from_config(config, attn_implementation="attentiondrop").cuda().train()

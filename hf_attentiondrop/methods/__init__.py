@@ -4,6 +4,7 @@ from .affine_scaled import AffineScaledConfig
 from .attention_sink import AttentionSinkConfig
 from .blur import BlurredSmoothing
 from .drophead import DropHead
+from .dropkey import DropKey
 from .gated_attention import GatedAttentionConfig
 from .hard import HardMasking
 from .method import LearnedMethod, Method, Perturbation
@@ -13,6 +14,7 @@ METHODS: tuple[type[Method], ...] = (
     HardMasking,
     BlurredSmoothing,
     DropHead,
+    DropKey,
     AffineScaledConfig,
     AttentionSinkConfig,
     GatedAttentionConfig,

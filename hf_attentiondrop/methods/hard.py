@@ -5,17 +5,15 @@ tells which scores are masked, and the base attention runs under a mask, so that
 their effect.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput, attend_if_any_key
+from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput
 from ..functional import (
     FILLS,
     flex_hard_attention,
@@ -27,21 +25,13 @@ from ..functional import (
 )
 from ..validation import is_integer, is_probability
 from .card import MethodCard
+from .long_sequences import can_replace, prefers_blocks, prefers_flex_attention
 from .method import Perturbation
 from .papers import ATTENTION_DROP
 
 
-# Scores per head up to which the full score matrix is as fast as blocks on the CPU.
-FEW_SCORES = 256 * 256
-# Scores per head up to which the full score matrix is used on devices where FlexAttention trains. At 512 x 512 a batch
-# of 32 with 12 heads has 0.4 GB of them, and the dozens of small kernels around FlexAttention take as long as several
-# passes over that. The matrix grows with the square of the length, and the kernels do not.
-FLEX_ATTENTION_BEYOND = {"cuda": 512 * 512}
-FLEX_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FLEX_ATTENTION_SIZES = range(16, 129)
 # Candidates per row that fit into the registers of the kernel which finds them.
 FLEX_ATTENTION_CANDIDATES = 64
-HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,14 +83,14 @@ class HardMasking(Perturbation):
         self._check("fill", FILLS.__contains__, f"one of {FILLS}", "It decides what a masked score becomes.")
 
     def attend(self, call: AttentionCall, attend: Attend, p: Tensor, /) -> AttentionOutput:
-        # A kernel that computes attention itself leaves nothing to the methods that would run inside of this one.
-        kernel = self._kernel(call) if attend is attend_if_any_key else None
+        kernel = self._kernel(call) if can_replace(attend, call) else None
         if kernel is not None:
             shape = torch.Size([*call.query.shape[:-1], call.key.shape[-2]])
             num_visible = num_visible_keys(call.mask, is_causal=call.causal, **call.lengths)
-            drawn = sample_masked_ranks(shape, num_visible, p=p, k=self.k, fill=self.fill, device=call.query.device)
+            device = call.query.device
+            masked_ranks = sample_masked_ranks(shape, num_visible, p=p, k=self.k, fill=self.fill, device=device)
             options: dict[str, Any] = {"is_causal": call.causal, "scaling": call.scaling, "fill": self.fill}
-            return kernel(call.query, call.key, call.value, drawn, call.mask, **options), None
+            return kernel(call.query, call.key, call.value, masked_ranks, call.mask, **options), None
         with torch.no_grad():
             masked = sample_masked_scores(call.scores(), call.visible, p=p, k=self.k, fill=self.fill)
         if self.fill == "mask":
@@ -128,21 +118,8 @@ class HardMasking(Perturbation):
         return (card,)
 
     def _kernel(self, call: AttentionCall) -> Callable[..., Tensor] | None:
-        """Returns what attends without a score matrix, where that pays and only a mask shapes the scores."""
-        if call.wants_eager or call.zeroed is not None or call.extras.get("position_bias") is not None:
-            return None
-        num_scores = call.query.shape[-2] * call.key.shape[-2]
-        device, has_constant_mask = call.query.device.type, call.mask is None or not call.mask.requires_grad
-        if device == "cpu" and num_scores > FEW_SCORES and has_constant_mask:
+        """Returns the function that computes attention without a score matrix, if there is a better one."""
+        if prefers_blocks(call):
             return partial(hard_attention, dropout=call.dropout)
-        if num_scores > FLEX_ATTENTION_BEYOND.get(device, math.inf) and self._flex_attention_can(call):
-            return flex_hard_attention
-        return None
-
-    def _flex_attention_can(self, call: AttentionCall) -> bool:
-        """Returns whether FlexAttention, which has no dropout of attention weights, can compute the call."""
-        has_size = all(states.shape[-1] in FLEX_ATTENTION_SIZES for states in (call.query, call.value))
-        is_boolean = call.mask is None or call.mask.dtype == torch.bool
         has_room = num_candidates(self.k, call.key.shape[-2]) <= FLEX_ATTENTION_CANDIDATES
-        has_dtype = call.value.dtype in FLEX_ATTENTION_DTYPES
-        return HAS_TRITON and has_size and is_boolean and has_dtype and has_room and call.dropout == 0
+        return flex_hard_attention if has_room and prefers_flex_attention(call) else None

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_attentiondrop import BlurredSmoothing, DropHead, HardMasking, configure, report, set_scheduled_value
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods import hard, long_sequences
 
 from ..attention import check_against_the_definition, make_module
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
@@ -43,7 +43,7 @@ def test_hard_needs_no_score_matrix_if_nothing_runs_inside_of_it(
 ) -> None:
     calls = []
     original = hard.hard_attention
-    monkeypatch.setattr(hard, "FEW_SCORES", 0)
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
     monkeypatch.setattr(hard, "hard_attention", lambda *a, **k: calls.append(a) or original(*a, **k))
     case = CASES_BY_NAME["causal_padding_left"]
     attention_drop_forward(make_module(case, methods), *case.tensors(torch.float32), case.mask())

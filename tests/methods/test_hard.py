@@ -9,7 +9,7 @@ import torch
 from hf_attentiondrop import HardMasking
 from hf_attentiondrop.functional.blockwise import blocks
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import hard
+from hf_attentiondrop.methods import hard, long_sequences
 
 from .. import reference as definitions
 from ..attention import check_against_the_definition, check_half_precision, expected, make_module
@@ -37,7 +37,7 @@ def reference(hard: HardMasking, definition: Definition) -> Definition:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hard in blocks, of which even the short sequences here need several, in both directions."""
-    monkeypatch.setattr(hard, "FEW_SCORES", 0)
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
     monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
     monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
