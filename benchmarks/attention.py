@@ -110,6 +110,9 @@ METHODS = {
     "hard": drop(variant="hard"),
     "hard, zero": drop(variant="hard", fill="zero"),
     "blur": drop(variant="blur"),
+    "dropkey": drop(variant="dropkey"),
+    "dropkey, column": drop(variant="dropkey", axis="column"),
+    "drophead": drop(variant="drophead"),
     "affine": reweighting("affine_scaled", AffineScaledConfig()),
 }
 # Eager attention holds several matrices of this size.
