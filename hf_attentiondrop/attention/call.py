@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ SDPA = "sdpa"
 AttentionOutput = tuple[Tensor, Tensor | None]
 """The output, `(B, Q, H, D)`, and the weights, `(B, H, Q, K)`, where they were asked for."""
 Attend = Callable[["AttentionCall"], AttentionOutput]
+
+
+class KnownScores(NamedTuple):
+    """Final scores, and the arguments of the call that they were computed from."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class AttentionCall:
         base: attention implementation that computes the base attention.
         model_mask: the mask that the model passed; `mask` also masks what a method has masked.
         zeroed: boolean `(B, H, Q, K)`, scores that are replaced by 0 before the softmax; none by default.
+        known_scores: spares computing the scores again, as long as no method changes what they depend on.
         memory: shared by all calls during one forward of the module.
     """
 
@@ -56,6 +66,7 @@ class AttentionCall:
     base: str = SDPA
     model_mask: Tensor | None = None
     zeroed: Tensor | None = None
+    known_scores: KnownScores | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,19 +106,33 @@ class AttentionCall:
             self.extras.get(name) is not None for name in ("softcap", "s_aux", "sinks")
         )
 
+    @property
+    def additive_mask(self) -> Tensor | None:
+        """The mask, if it is added to the scores."""
+        return None if self.mask is None or self.mask.dtype == torch.bool else self.mask
+
     def scores(self) -> Tensor:
         """Computes the final scores, `(B, H, Q, K)`."""
+        known, mask = self.known_scores, self.additive_mask
+        if known is not None and known.query is self.query and known.key is self.key and known.mask is mask:
+            return known.scores
         bias = self.extras.get("position_bias")
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            bias = self.mask if bias is None else bias + self.mask
+        if mask is not None:
+            bias = mask if bias is None else bias + mask
         return attention_scores(
             self.query, self.key, scaling=self.scaling, softcap=self.extras.get("softcap"), bias=bias
         )
 
+    def zeroing(self, zeroed: Tensor, scores: Tensor) -> "AttentionCall":
+        """Returns the call with some of its final scores replaced by 0, boolean `(B, H, Q, K)`."""
+        known = KnownScores(self.query, self.key, self.additive_mask, scores)
+        zeroed = zeroed if self.zeroed is None else zeroed | self.zeroed
+        return replace(self, zeroed=zeroed, known_scores=known, base=SDPA)
+
     def keeping(self, kept: Tensor) -> "AttentionCall":
         """Returns the call with all keys masked but those kept, boolean `(B, H, Q|1, K)`."""
-        if self.mask is not None and self.mask.dtype != torch.bool:
-            mask = self.mask.masked_fill(~kept, -torch.inf)
+        if self.additive_mask is not None:
+            mask = self.additive_mask.masked_fill(~kept, -torch.inf)
         else:
             visible = self.visible
             mask = kept if visible is None else kept & visible
@@ -161,8 +186,7 @@ def _softmax_attention(call: AttentionCall, zeroed: Tensor) -> AttentionOutput:
     """Computes attention with some scores at 0. They stay in the softmax as constants, which no mask can express."""
     scores = call.scores().masked_fill(zeroed, 0.0)
     # The scores include an additive mask, and a method may have masked a score that another one has set to 0.
-    is_additive = call.mask is not None and call.mask.dtype != torch.bool
-    visible = call.mask > -torch.inf if is_additive else call.visible
+    visible = call.visible if call.additive_mask is None else call.additive_mask > -torch.inf
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     sinks = call.extras.get("sinks")
@@ -190,7 +214,7 @@ def _eager_attention(module: nn.Module) -> Any:
 def _additive(call: AttentionCall) -> Tensor | None:
     """Returns the mask as eager functions expect it, added to the scores."""
     visible = call.visible
-    if visible is None or (call.mask is not None and call.mask.dtype != torch.bool):
+    if visible is None or call.additive_mask is not None:
         return call.mask
     masked = torch.finfo(call.query.dtype).min
     return torch.zeros(visible.shape, dtype=call.query.dtype, device=visible.device).masked_fill(~visible, masked)

@@ -6,14 +6,14 @@ their effect.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput
+from ..attention.call import Attend, AttentionCall, AttentionOutput
 from ..functional import (
     FILLS,
     flex_hard_attention,
@@ -91,12 +91,11 @@ class HardMasking(Perturbation):
             masked_ranks = sample_masked_ranks(shape, num_visible, p=p, k=self.k, fill=self.fill, device=device)
             options: dict[str, Any] = {"is_causal": call.causal, "scaling": call.scaling, "fill": self.fill}
             return kernel(call.query, call.key, call.value, masked_ranks, call.mask, **options), None
-        with torch.no_grad():
-            masked = sample_masked_scores(call.scores(), call.visible, p=p, k=self.k, fill=self.fill)
-        if self.fill == "mask":
-            return attend(call.keeping(~masked))
-        zeroed = masked if call.zeroed is None else masked | call.zeroed
-        return attend(replace(call, zeroed=zeroed, base=SDPA))
+        # Under a mask the base attention computes the scores itself, and these need no gradient.
+        with torch.set_grad_enabled(self.fill == "zero" and torch.is_grad_enabled()):
+            scores = call.scores()
+        masked = sample_masked_scores(scores.detach(), call.visible, p=p, k=self.k, fill=self.fill)
+        return attend(call.zeroing(masked, scores) if self.fill == "zero" else call.keeping(~masked))
 
     def needs_score_matrix(self, dropout: float) -> bool:
         return dropout > 0
