@@ -42,13 +42,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from shared.arguments import ModelArguments, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, hold_out
 from shared.documentation import DOCUMENTATION, documentation_text
 from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
 from shared.lora import LoraArguments, add_adapters, check_base
-from shared.model import from_scratch, load_pretrained
+from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -67,11 +67,10 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
-from hf_attentiondrop.cli.flags import naming_flag
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, apply_dropconnect
 from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.items import ItemScores, score_items
-from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
+from hf_attentiondrop.evaluation.pretrained import longest_text
 
 
 NO_LABEL = -100
@@ -128,9 +127,7 @@ def load_tokenizer(arguments: LanguageModelArguments, texts: Sequence[str]) -> P
     """The tokenizer of the model, or one for the texts to train on."""
     if not arguments.model_name_or_path:
         return GPT2Tokenizer().train_new_from_iterator(texts, arguments.vocab_size, show_progress=False)
-    check_path("--model_name_or_path", arguments.model_name_or_path)
-    with naming_flag("--model_name_or_path"):
-        tokenizer = load_processor(arguments.model_name_or_path, AutoTokenizer)
+    tokenizer = load_processor(AutoTokenizer, arguments)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--model_name_or_path: the tokenizer of {arguments.model_name_or_path} has no token for the end of a "
@@ -231,12 +228,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             packed = pack(data, tokenizer, data_args)
         check_tokens(packed, model)
-        if model_args.base_attention:
-            set_base_attention(model, model_args.base_attention)
         if lora_args.use_peft:
             model = add_adapters(model, lora_args)
         else:
             accept_saved_weights(model)
+        apply_dropconnect(model, model_args.dropconnect)
         trainer = AttentionDropTrainer(
             model=model,
             args=training_args,

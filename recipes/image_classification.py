@@ -44,7 +44,7 @@ from shared.checkpoints import accept_saved_weights
 from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
 from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
 from shared.images import check_images
-from shared.model import from_scratch, load_pretrained
+from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -60,12 +60,11 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, apply_dropconnect
 from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.images import encoded_images, read_image
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor, channels_of, check_channels
-from hf_attentiondrop.evaluation.pretrained import load_processor as load_saved_processor
 
 
 DIGITS = "the digits of scikit-learn"
@@ -152,13 +151,11 @@ def digits() -> Dataset:
     return Dataset.from_dict({"image": images, "label": bunch.target}, features=features)
 
 
-def load_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
+def load_image_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
     """The image processor of the model, or one that only resizes and normalises."""
     if not arguments.model_name_or_path:
         return ViTImageProcessorPil(size={"height": arguments.image_size, "width": arguments.image_size})
-    check_path("--model_name_or_path", arguments.model_name_or_path)
-    with naming_flag("--model_name_or_path"):
-        return load_saved_processor(arguments.model_name_or_path, AutoImageProcessor)
+    return load_processor(AutoImageProcessor, arguments)
 
 
 def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
@@ -215,15 +212,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_data(data_args)
-        processor = load_processor(model_args)
+        processor = load_image_processor(model_args)
         model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
         with naming_flag("--model_name_or_path"):
             check_channels(processor, model.config)
         channels = channels_of(model.config)
         check_images(data, data_args.image_column, channels)
-        if model_args.base_attention:
-            set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)
+        apply_dropconnect(model, model_args.dropconnect)
         trainer = AttentionDropTrainer(
             model=model,
             args=training_args,

@@ -37,12 +37,12 @@ from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
-from shared.arguments import ModelArguments, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
 from shared.data import check_columns, encode_classes, hold_out
 from shared.documentation import DOCUMENTATION, documentation_topics
 from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
-from shared.model import from_scratch, load_pretrained
+from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -60,11 +60,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, set_base_attention
+from hf_attentiondrop import AttentionDropTrainer, AttentionDropTrainingArguments, apply_dropconnect
 from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.calibration import expected_calibration_error
 from hf_attentiondrop.evaluation.perturbation_space import check_attackable
-from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
+from hf_attentiondrop.evaluation.pretrained import longest_text
 
 
 @dataclass
@@ -126,9 +126,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or one for the texts to train on."""
     if arguments.model_name_or_path:
-        check_path("--model_name_or_path", arguments.model_name_or_path)
-        with naming_flag("--model_name_or_path"):
-            tokenizer = load_processor(arguments.model_name_or_path, AutoTokenizer)
+        tokenizer = load_processor(AutoTokenizer, arguments)
     else:
         columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
         texts = [text for column in columns for text in data["train"][column]]
@@ -222,12 +220,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, data_args)
         check_tokens(tokenized, model)
-        if model_args.base_attention:
-            set_base_attention(model, model_args.base_attention)
         if evaluation_args.evaluate_robustness:
             with naming_flag("--evaluate_robustness"):
                 check_attackable(model)
         accept_saved_weights(model)
+        apply_dropconnect(model, model_args.dropconnect)
         trainer = AttentionDropTrainer(
             model=model,
             args=training_args,

@@ -41,11 +41,11 @@ from typing import Any
 import numpy as np
 import sacrebleu
 from datasets import Dataset, DatasetDict
-from shared.arguments import ModelArguments, RunArguments, check_at_least_one, check_path
+from shared.arguments import ModelArguments, RunArguments, check_at_least_one
 from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
 from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
-from shared.model import from_scratch, load_pretrained
+from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -65,9 +65,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_attentiondrop import set_base_attention
-from hf_attentiondrop.cli.flags import naming_flag
-from hf_attentiondrop.evaluation.pretrained import load_processor, longest_text
+from hf_attentiondrop import apply_dropconnect
+from hf_attentiondrop.evaluation.pretrained import longest_text
 from hf_attentiondrop.training.arguments import AttentionDropSeq2SeqTrainingArguments
 from hf_attentiondrop.training.trainer import AttentionDropSeq2SeqTrainer
 
@@ -132,9 +131,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or one for the texts to train on, of both languages."""
     if arguments.model_name_or_path:
-        check_path("--model_name_or_path", arguments.model_name_or_path)
-        with naming_flag("--model_name_or_path"):
-            return load_processor(arguments.model_name_or_path, AutoTokenizer)
+        return load_processor(AutoTokenizer, arguments)
     tokenizer = Tokenizer(models.BPE())
     # Digit by digit, so that a number never seen is made of tokens that are known.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -239,9 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, model_args, data_args)
         check_tokens(tokenized, model, ("input_ids", "labels"))
-        if model_args.base_attention:
-            set_base_attention(model, model_args.base_attention)
         accept_saved_weights(model)
+        apply_dropconnect(model, model_args.dropconnect)
         trainer = AttentionDropSeq2SeqTrainer(
             model=model,
             args=training_args,

@@ -237,24 +237,15 @@ def test_lora_trains_what_attention_learns(recipe: ModuleType, checkpoint: Path,
 def test_resumed_lora_run_equals_uninterrupted_run(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", TEXTS)
     flags = ["--model_name_or_path", checkpoint, "--train_file", file, "--block_size", "16", "--use_peft"]
-    # Four steps make an epoch: what is resumed lies within it.
-    flags += [
-        "--per_device_train_batch_size",
-        "4",
-        "--max_steps",
-        "4",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
-        "--save_total_limit",
-        "9",
-    ]
+    # Four steps are one epoch, so the run resumes within it.
+    flags += "--per_device_train_batch_size 4 --max_steps 4 --save_strategy steps --save_steps 2".split()
+    flags += ["--save_total_limit", "9", "--dropconnect", "0.1"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     recipe.main([*map(str, flags), "--output_dir", str(whole)])
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     recipe.main([*map(str, flags), "--output_dir", str(resumed), "--resume_from_checkpoint"])
     expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert read(whole, "metrics.json")["dropconnect"] == 0.1
     assert any(weight.any() for name, weight in expected.items() if "lora_B" in name)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 

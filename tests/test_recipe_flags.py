@@ -106,18 +106,21 @@ def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatc
     first, second = tmp_path / "first", tmp_path / "second"
     quick = ["--max_steps", "1", "--max_eval_samples", "4", "--consistency_weight", "0", "--eval_strategy", "no"]
     quick += ["--num_layers" if name == "translation" else "--num_hidden_layers", "1", "--attn_implementation", "sdpa"]
-    recipe.main([*quick, "--dropout", "0.25", "--attention_dropout", "0", "--output_dir", str(first)])
+    flags = ["--dropout", "0.25", "--attention_dropout", "0", "--dropconnect", "0.125"]
+    recipe.main([*quick, *flags, "--output_dir", str(first)])
     metrics, config = read(first, "metrics.json"), read(first, "config.json")
     assert {field: metrics["dropout"][field] for field in DROPOUT[name]} == DROPOUT[name]
     # The default of a field is not in config.json.
     assert all(config.get(field, 0.0) == value for field, value in DROPOUT[name].items())
-    assert yaml.safe_load((first / "run.yaml").read_text())["dropout"] == 0.25
+    record = yaml.safe_load((first / "run.yaml").read_text())
+    assert (record["dropout"], record["dropconnect"], metrics["dropconnect"]) == (0.25, 0.125, 0.125)
     assert "dropout 0.25" in (first / "README.md").read_text().replace("_prob", "")
 
     # A checkpoint takes it as well.
     recipe.main([*quick, "--model_name_or_path", str(first), "--dropout", "0.125", "--output_dir", str(second)])
-    dropout = read(second, "metrics.json")["dropout"]
-    assert {dropout[field] for field in DROPOUT[name]} == {0.125}
+    metrics = read(second, "metrics.json")
+    assert {metrics["dropout"][field] for field in DROPOUT[name]} == {0.125}
+    assert "dropconnect" not in metrics
 
 
 def test_dropout_acts_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +137,10 @@ def test_dropout_that_cannot_be_set_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load("causal_lm", monkeypatch)
-    cases = [(["--dropout", "1"], "--dropout: `dropout` must be a probability in [0, 1), got 1.0")]
+    cases = [
+        ([f"--{flag}", "1"], f"--{flag}: expected a probability in [0, 1), got 1.0")
+        for flag in ("dropout", "attention_dropout", "dropconnect")
+    ]
     tokenizer = recipe.load_tokenizer(recipe.LanguageModelArguments(), ["a text"])
     for config, flag in (
         (CTRLConfig(vocab_size=300, n_embd=8, n_layer=1, n_head=2, dff=8, n_positions=64), "attention_dropout"),

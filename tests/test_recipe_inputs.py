@@ -86,8 +86,8 @@ def test_weights_that_cannot_be_used_are_refused(
     (junk / "config.json").write_text("{")
     for folder, message in (
         (cut, "--model_name_or_path: expected the model's weights in '.*', and they cannot be read: SafetensorError"),
-        (wrapped, "random numbers would stand for them. The file has names with '_orig_mod.' in front"),
-        (short, "random numbers would stand for them. Name a checkpoint that holds them"),
+        (wrapped, "they would be initialized at random. The file has names with '_orig_mod.' in front"),
+        (short, "they would be initialized at random. Name a checkpoint that holds them"),
         (junk, "JSON" if name in ("causal_lm", "translation") else "--model_name_or_path: expected the model's own"),
     ):
         flags = ["--model_name_or_path", folder, *QUICK, *LENGTHS.get(name, [])]
@@ -225,7 +225,7 @@ def test_images_stored_as_bytes_are_read(monkeypatch: pytest.MonkeyPatch, tmp_pa
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     arguments = recipe.ImageDataArguments(dataset_name=str(tmp_path / "data"))
     data = recipe.load_data(arguments)
-    processor = recipe.load_processor(recipe.ImageModelArguments(image_size=8))
+    processor = recipe.load_image_processor(recipe.ImageModelArguments(image_size=8))
     batch = recipe.collate([data["train"][0]], processor, arguments)
     assert batch["pixel_values"].shape == (1, 3, 8, 8) and batch["pixel_values"].std() > 0.1
     flags = ["--dataset_name", str(tmp_path / "data"), *SMALL_IMAGES, "--output_dir", str(tmp_path / "out")]

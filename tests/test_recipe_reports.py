@@ -64,7 +64,7 @@ def test_reported_calibration_is_that_of_the_saved_model(
     metrics = json.loads((folder / "metrics.json").read_text())
     arguments = recipe.ImageDataArguments(max_eval_samples=24)
     rows = list(recipe.load_data(arguments)["validation"])
-    processor = recipe.load_processor(recipe.ImageModelArguments(image_size=8))
+    processor = recipe.load_image_processor(recipe.ImageModelArguments(image_size=8))
     model = AutoModelForImageClassification.from_pretrained(folder)
     logits, labels = predict(model, [recipe.collate(rows, processor, arguments)])
     for name, value in calibration_metrics(logits, labels).items():

@@ -61,8 +61,21 @@ class ModelArguments:
     )
     attention_dropout: float | None = field(
         default=None,
-        metadata={"help": "Probability of the dropout of attention weights alone; goes before --dropout."},
+        metadata={"help": "Probability of the dropout of attention weights alone; overrides --dropout."},
     )
+    dropconnect: float = field(
+        default=0.0,
+        metadata={
+            "help": "DropConnect: probability that a weight of a linear layer is zeroed in a training step, of LoRA "
+            "adapters too."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "attention_dropout", "dropconnect"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"--{name}: expected a probability in [0, 1), got {value}.")
 
     @property
     def sets_dropout(self) -> bool:

@@ -104,6 +104,8 @@ def finish(
     elif attention:
         metrics["attention"] = {stack: measured.metrics() for stack, measured in attention.items()}
     metrics["dropout"] = dropout_of(trainer.model.config)
+    if (p := hf_attentiondrop.dropconnect_of(trainer.model)) is not None:
+        metrics["dropconnect"] = p
     card = describe_data(parser.values, data)
     if trainer.is_world_process_zero():
         plots = save_plots(folder, evaluation, attention, trainer.state.log_history)
