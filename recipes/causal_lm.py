@@ -1,10 +1,10 @@
-"""Trains a language model with AttentionDrop, and with the consistency term if asked to.
+"""Trains a language model with AttentionDrop and, optionally, the consistency term.
 
-Without arguments, a small LLaMA from scratch on Python's documentation:
+Without arguments, it trains a small LLaMA from scratch on Python's documentation:
 
     accelerate launch recipes/causal_lm.py
 
-LoRA on a pretrained model with your own texts (csv, tsv, json, jsonl, parquet, or txt with empty lines between them):
+LoRA on a pretrained model with your own texts (csv, tsv, json, jsonl, parquet, or txt with empty lines between texts):
 
     accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
         --use_peft --learning_rate 2e-4 --train_file notes.txt --output_dir runs/notes
@@ -14,12 +14,12 @@ All weights of a pretrained model, on a data set from the Hub:
     accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir runs/wikitext
 
-Attention that learns its scale, a sink or a gate, from scratch as in its paper, without AttentionDrop:
+Attention with a learned scale, sink or gate, from scratch as in its paper, without AttentionDrop:
 
     accelerate launch recipes/causal_lm.py --attn_implementation affine_scaled \\
         --attention_reweighting '{init: paper}' --output_dir runs/affine_scaled
 
-`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists all arguments.
 """
 
 import sys
@@ -30,7 +30,7 @@ try:
 
     shared.check_installed("peft")
 except ModuleNotFoundError:
-    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    print(f"{__file__}: error: the folder `shared` must be next to this file: copy it too.", file=sys.stderr)
     sys.exit(2)
 
 import math
@@ -52,7 +52,7 @@ from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
-from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for
+from shared.text import FileArguments, check_text, check_tokens, load_text_data
 from shared.training import train
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -90,17 +90,19 @@ class TextDataArguments(FileArguments):
     text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
     block_size: int = field(
         default=512,
-        metadata={"help": "Tokens of a sample, into which texts are packed; by default no more than the model takes."},
+        metadata={
+            "help": "Tokens per sample, into which texts are packed; the default is capped at the model's limit."
+        },
     )
 
 
 @dataclass
 class LanguageModelTrainingArguments(RunArguments, AttentionDropTrainingArguments):
-    output_dir: str = field(default="runs/causal_lm", metadata={"help": "Folder for all that is written."})
+    output_dir: str = field(default="runs/causal_lm", metadata={"help": "Output folder."})
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    """Defaults that depend on other arguments: training from scratch needs others than fine-tuning."""
     if values["model_name_or_path"]:
         return {"learning_rate": 2e-4} if values["use_peft"] else {}
     return {
@@ -116,30 +118,30 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_data(arguments: TextDataArguments) -> DatasetDict:
-    """Loads the texts asked for, checks them, and makes sure that some are held out to evaluate on."""
-    data = load_data_asked_for(arguments, documentation_text)
+    """Loads and checks the texts, and holds some out for evaluation."""
+    data = load_text_data(arguments, documentation_text)
     check_columns(data, {"--text_column": arguments.text_column})
     check_text(data, "--text_column", arguments.text_column)
     return hold_out(data, arguments)
 
 
 def load_tokenizer(arguments: LanguageModelArguments, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or one for the texts to train on."""
+    """Loads the tokenizer of the model, or trains one on the texts."""
     if not arguments.model_name_or_path:
         return GPT2Tokenizer().train_new_from_iterator(texts, arguments.vocab_size, show_progress=False)
     tokenizer = load_processor(AutoTokenizer, arguments)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--model_name_or_path: the tokenizer of {arguments.model_name_or_path} has no token for the end of a "
-            "text, so packed texts could not be told apart. Take a language model, or set its eos_token."
+            "text, so packed texts could not be separated. Use a language model, or set its eos_token."
         )
     return tokenizer
 
 
 def pack(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TextDataArguments) -> DatasetDict:
-    """Joins the texts, each closed by the end-of-text token, and cuts them into blocks of `block_size` tokens.
+    """Concatenates the texts, with the end-of-text token after each, and cuts them into blocks of `block_size` tokens.
 
-    Attention and positions run on from text to text within a block. Every thousand texts leave a last, shorter block.
+    Attention and positions cross text boundaries within a block. The last block of every thousand texts is shorter.
     """
 
     def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -157,7 +159,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
 ) -> PreTrainedModel:
-    """The model, with the attention asked for."""
+    """Builds the model, from a checkpoint or from scratch."""
     if arguments.model_name_or_path:
         return load_pretrained(AutoModelForCausalLM, arguments, **attention)
     config = LlamaConfig(
@@ -177,7 +179,7 @@ def load_model(
 
 
 def collate(examples: list[dict[str, list[int]]], padding: int) -> dict[str, Tensor]:
-    """Makes a batch: `input_ids`, `attention_mask` and `labels`, each `(B, L)`; padding has no label."""
+    """Builds a batch: `input_ids`, `attention_mask` and `labels`, each `(B, L)`; padding has no label."""
     blocks = [torch.tensor(example["input_ids"]) for example in examples]
     return {
         "input_ids": pad_sequence(blocks, batch_first=True, padding_value=padding),
@@ -187,22 +189,19 @@ def collate(examples: list[dict[str, list[int]]], padding: int) -> dict[str, Ten
 
 
 def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
-    """Loss and confidence of each token but the first, `(B, L - 1)`: all that is kept of the logits `(B, L, V)`."""
+    """Loss and confidence of each token except the first, `(B, L - 1)`, kept instead of the logits `(B, L, V)`."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return vars(score_items(logits[:, :-1], labels[:, 1:]))
 
 
 def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Perplexity, the exponential of the mean loss over all tokens that were predicted, and their calibration."""
+    """Perplexity (the exponential of the mean loss over all predicted tokens) and calibration."""
     calibration = calibration_metrics(ItemScores(**prediction.predictions))
-    # It is the loss, by another name.
     return {"perplexity": math.exp(calibration.pop("negative_log_likelihood")), **calibration}
 
 
 def unigram_perplexity(packed: DatasetDict, vocab_size: int) -> float:
-    """The perplexity of the same tokens for a model that knows how frequent each token is, and no context.
-
-    Frequencies are those of the data to train on, with one more of each token, so that none is impossible."""
+    """The perplexity of a unigram model of the training data, with add-one smoothing, on the held-out tokens."""
     counts = np.bincount(np.concatenate(packed["train"]["input_ids"]), minlength=vocab_size) + 1
     predicted = np.concatenate([block[1:] for block in packed["validation"]["input_ids"]])
     return float(np.exp(-np.log(counts / counts.sum())[predicted].mean()))
@@ -214,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, lora_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
     last_evaluation = LastEvaluation()
-    # Nothing is written before everything was found to be in order.
+    # Nothing is written before all checks have passed.
     with parser.preparing():
         check_output_dir(training_args)
         if lora_args.use_peft:
@@ -268,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             results["evaluated on"] = f"{eval_tokens} held-out tokens"
 
-        finish(trainer, parser, "Language modelling", DOCUMENTATION, metrics, results, attention=attention_weights)
+        finish(trainer, parser, "Language modeling", DOCUMENTATION, metrics, results, attention=attention_weights)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Trains an image classifier with AttentionDrop, and with the consistency term if asked to.
+"""Trains an image classifier with AttentionDrop and, optionally, the consistency term.
 
-Without arguments, a small ViT from scratch on the handwritten digits of scikit-learn:
+Without arguments, it trains a small ViT from scratch on the handwritten digits of scikit-learn:
 
     accelerate launch recipes/image_classification.py
 
@@ -15,7 +15,7 @@ A data set from the Hub, with another perturbation:
         --dataset_name uoft-cs/cifar10 --validation_split test --image_column img --variant blur \\
         --output_dir runs/cifar10
 
-`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists all arguments.
 """
 
 import sys
@@ -26,7 +26,7 @@ try:
 
     shared.check_installed("PIL", "sklearn")
 except ModuleNotFoundError:
-    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    print(f"{__file__}: error: the folder `shared` must be next to this file: copy it too.", file=sys.stderr)
     sys.exit(2)
 
 from collections import Counter
@@ -82,24 +82,24 @@ class ImageModelArguments(ModelArguments):
 @dataclass
 class ImageDataArguments(DatasetArguments):
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder to train on, with one folder of images per class."}
+        default=None, metadata={"help": "Folder of training images, with one subfolder per class."}
     )
     validation_dir: str | None = field(
-        default=None, metadata={"help": "Folder to evaluate on; without it a share of --train_dir is held out."}
+        default=None, metadata={"help": "Folder of evaluation images; by default a share of --train_dir is held out."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
-    label_column: str = field(default="label", metadata={"help": "Column that holds the classes."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes."})
 
 
 @dataclass
 class ImageTrainingArguments(RunArguments, AttentionDropTrainingArguments):
-    output_dir: str = field(default="runs/image_classification", metadata={"help": "Folder for all that is written."})
-    # The images become pixel values only in the batch, so their column is needed although no model takes it.
+    output_dir: str = field(default="runs/image_classification", metadata={"help": "Output folder."})
+    # The collator turns images into pixel values, so it needs their column, which no model takes.
     remove_unused_columns: bool = field(default=False, init=False)
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    """Defaults that depend on other arguments: training from scratch needs others than fine-tuning."""
     if values["model_name_or_path"]:
         return {}
     from_scratch = {
@@ -116,11 +116,11 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_data(arguments: ImageDataArguments) -> DatasetDict:
-    """Loads the images asked for, checks them, and makes sure that some are held out to evaluate on."""
+    """Loads and checks the images, and holds some out for evaluation."""
     if arguments.dataset_name and arguments.train_dir:
         raise ValueError("--dataset_name and --train_dir both name the data to train on: give one of them.")
     if arguments.validation_dir and not arguments.train_dir:
-        raise ValueError("--validation_dir is for evaluating what is trained on --train_dir, which is missing.")
+        raise ValueError("--validation_dir needs --train_dir, which is missing.")
     if arguments.dataset_name:
         data = load_from_hub(arguments)
     elif arguments.train_dir:
@@ -135,16 +135,16 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
 
 
 def load_image_folders(train_dir: str, validation_dir: str | None) -> DatasetDict:
-    """Reads one folder of images per class."""
+    """Loads one folder of images per class."""
     check_path("--train_dir", train_dir, is_local=True)
     check_path("--validation_dir", validation_dir, is_local=True)
     files = {"--train_dir": f"{train_dir}/**", "--validation_dir": f"{validation_dir}/**" if validation_dir else None}
-    # Left to itself, imagefolder drops the labels where the two folders lie at different depths.
+    # By default, imagefolder drops the labels if the two folders are at different depths.
     return load_local("imagefolder", files, drop_labels=False)
 
 
 def digits() -> Dataset:
-    """The 1797 handwritten digits that ship inside scikit-learn, 8x8 pixels each."""
+    """The 1797 handwritten digits of scikit-learn, 8x8 pixels each."""
     bunch = load_digits()
     images = [PILImage.fromarray(np.uint8(image * (255 / 16))) for image in bunch.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in bunch.target_names])})
@@ -152,17 +152,17 @@ def digits() -> Dataset:
 
 
 def load_image_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
-    """The image processor of the model, or one that only resizes and normalises."""
+    """Loads the image processor of the model, or builds one that only resizes and normalizes."""
     if not arguments.model_name_or_path:
         return ViTImageProcessorPil(size={"height": arguments.image_size, "width": arguments.image_size})
     return load_processor(AutoImageProcessor, arguments)
 
 
 def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
-    """The model with a head for these classes, and with the attention asked for."""
+    """Builds the model, from a checkpoint or from scratch, with a head for these classes."""
     classes = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if arguments.model_name_or_path:
-        # A head for other classes has another shape, and is the one thing that starts anew.
+        # Only the head is initialized anew: one for other classes has another shape.
         options = {**classes, **attention}
         return load_pretrained(AutoModelForImageClassification, arguments, has_new_head=True, **options)
     config = ViTConfig(
@@ -172,7 +172,7 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
         intermediate_size=4 * arguments.hidden_size,
-        # ViT's own 0.02 suits a width of 768; a narrow model that starts so small learns slowly.
+        # ViT's 0.02 is for a width of 768; a narrow model learns slowly from weights that small.
         initializer_range=arguments.hidden_size**-0.5,
         **classes,
         **attention,
@@ -183,19 +183,19 @@ def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_
 def collate(
     examples: list[dict[str, Any]], processor: BaseImageProcessor, arguments: ImageDataArguments, channels: int = 3
 ) -> dict[str, torch.Tensor]:
-    """Makes a batch: `pixel_values` `(B, C, height, width)` and `labels` `(B,)`."""
+    """Builds a batch: `pixel_values` `(B, C, height, width)` and `labels` `(B,)`."""
     images = [read_image(example[arguments.image_column], channels) for example in examples]
     labels = torch.tensor([example[arguments.label_column] for example in examples])
     return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the images whose class is the one with the highest logit."""
+    """Accuracy of the logits `(N, C)`."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def majority_accuracy(data: DatasetDict, label_column: str) -> float:
-    """The accuracy of answering always with the class that is most frequent in training."""
+    """The accuracy of always predicting the most frequent class of the training data."""
     majority = Counter(data["train"][label_column]).most_common(1)[0][0]
     return float(np.mean(np.array(data["validation"][label_column]) == majority))
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
     last_evaluation = LastEvaluation()
-    # Nothing is written before everything was found to be in order.
+    # Nothing is written before all checks have passed.
     with parser.preparing():
         check_output_dir(training_args)
         set_seed(training_args.seed)

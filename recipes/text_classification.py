@@ -1,6 +1,6 @@
-"""Trains a text classifier with AttentionDrop, and with the consistency term if asked to.
+"""Trains a text classifier with AttentionDrop and, optionally, the consistency term.
 
-Without arguments, a small BERT from scratch that tells which topic of Python's documentation a passage is from:
+Without arguments, it trains a small BERT from scratch to classify passages of Python's documentation by topic:
 
     accelerate launch recipes/text_classification.py
 
@@ -15,8 +15,8 @@ Pairs of texts from the Hub, with a heavier consistency term:
         --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column sentence1 --text_pair_column sentence2 \\
         --consistency_weight 4 --output_dir runs/mrpc
 
-`--consistency_weight 0.5` adds the consistency term, which takes two passes; `--attn_implementation sdpa` leaves the
-model's ordinary dropout alone, which makes the term that of R-Drop. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. With `--attn_implementation sdpa` it is
+R-Drop, on the dropout of the model. `--help` lists all arguments.
 """
 
 import sys
@@ -27,7 +27,7 @@ try:
 
     shared.check_installed("sklearn", "tokenizers")
 except ModuleNotFoundError:
-    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    print(f"{__file__}: error: the folder `shared` must be next to this file: copy it too.", file=sys.stderr)
     sys.exit(2)
 
 from collections import Counter
@@ -46,7 +46,7 @@ from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
-from shared.text import FileArguments, check_text, check_tokens, load_data_asked_for, train_encoder_tokenizer
+from shared.text import FileArguments, check_text, check_tokens, load_text_data, train_encoder_tokenizer
 from shared.training import train
 from sklearn.metrics import f1_score
 from transformers import (
@@ -77,24 +77,26 @@ class TextModelArguments(ModelArguments):
 
 @dataclass
 class TextDataArguments(FileArguments):
-    text_column: str = field(default="text", metadata={"help": "Column that holds the texts."})
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     text_pair_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the second texts, where pairs are to be classified."}
+        default=None, metadata={"help": "Column of the second texts, to classify pairs."}
     )
-    label_column: str = field(default="label", metadata={"help": "Column that holds the classes."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes."})
     max_length: int = field(
         default=128,
-        metadata={"help": "Tokens after which a text is cut off; by default no more than the model takes."},
+        metadata={
+            "help": "Maximum tokens per text; longer ones are truncated. The default is capped at the model's limit."
+        },
     )
 
 
 @dataclass
 class TextTrainingArguments(RunArguments, AttentionDropTrainingArguments):
-    output_dir: str = field(default="runs/text_classification", metadata={"help": "Folder for all that is written."})
+    output_dir: str = field(default="runs/text_classification", metadata={"help": "Output folder."})
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    """Defaults that depend on other arguments: training from scratch needs others than fine-tuning."""
     if values["model_name_or_path"]:
         return {}
     return {
@@ -110,8 +112,8 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_data(arguments: TextDataArguments) -> DatasetDict:
-    """Loads the texts asked for, checks them, and makes sure that some are held out to evaluate on."""
-    data = load_data_asked_for(arguments, documentation_topics)
+    """Loads and checks the texts, and holds some out for evaluation."""
+    data = load_text_data(arguments, documentation_topics)
     columns = {"--text_column": arguments.text_column, "--text_pair_column": arguments.text_pair_column}
     columns = {flag: column for flag, column in columns.items() if column}
     check_columns(data, columns | {"--label_column": arguments.label_column})
@@ -124,20 +126,20 @@ def load_data(arguments: TextDataArguments) -> DatasetDict:
 def load_tokenizer(
     arguments: TextModelArguments, data_arguments: TextDataArguments, data: DatasetDict
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or one for the texts to train on."""
+    """Loads the tokenizer of the model, or trains one on the texts."""
     if arguments.model_name_or_path:
         tokenizer = load_processor(AutoTokenizer, arguments)
     else:
         columns = filter(None, (data_arguments.text_column, data_arguments.text_pair_column))
         texts = [text for column in columns for text in data["train"][column]]
         tokenizer = train_encoder_tokenizer(texts, arguments.vocab_size, data_arguments.max_length)
-    if tokenizer.pad_token is None:  # as of models that were made to write
+    if tokenizer.pad_token is None:  # as for most causal language models
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: TextDataArguments) -> DatasetDict:
-    """Makes `input_ids` and `labels` of the texts and their classes; batches are padded later."""
+    """Tokenizes the texts to `input_ids` and `labels`; batches are padded later."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         pair = rows[arguments.text_pair_column] if arguments.text_pair_column else None
@@ -153,16 +155,16 @@ def load_model(
     class_names: list[str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The model with a head for these classes, and with the attention asked for."""
+    """Builds the model, from a checkpoint or from scratch, with a head for these classes."""
     options = {
         **attention,
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
-        # Where padding begins, for a head that reads the last token.
+        # For heads that read the last token before the padding.
         "pad_token_id": tokenizer.pad_token_id,
     }
     if arguments.model_name_or_path:
-        # A head for other classes has another shape, and is the one thing that starts anew.
+        # Only the head is initialized anew: one for other classes has another shape.
         return load_pretrained(AutoModelForSequenceClassification, arguments, has_new_head=True, **options)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -171,7 +173,7 @@ def load_model(
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
         intermediate_size=4 * arguments.hidden_size,
-        # BERT's own 0.02 suits a width of 768; a narrow model that starts so small learns slowly.
+        # BERT's 0.02 is for a width of 768; a narrow model learns slowly from weights that small.
         initializer_range=arguments.hidden_size**-0.5,
         **options,
     )
@@ -187,7 +189,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Share of the right classes, and the mean over the classes of their F1."""
+    """Accuracy and macro F1."""
     return {
         "accuracy": float(np.mean(predicted == labels)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
@@ -195,7 +197,7 @@ def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def majority_baseline(data: DatasetDict, label_column: str) -> dict[str, float]:
-    """The scores of answering always with the class that is most frequent in training."""
+    """The scores of always predicting the most frequent class of the training data."""
     majority = Counter(data["train"][label_column]).most_common(1)[0][0]
     labels = np.array(data["validation"][label_column])
     return scores(np.full_like(labels, majority), labels)
@@ -207,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, evaluation_args, training_args, attention = parser.parse(argv, defaults)
 
     last_evaluation = LastEvaluation()
-    # Nothing is written before everything was found to be in order.
+    # Nothing is written before all checks have passed.
     with parser.preparing():
         check_output_dir(training_args)
         set_seed(training_args.seed)

@@ -1,6 +1,6 @@
-"""Trains a translation model with AttentionDrop, and with the consistency term if asked to.
+"""Trains a translation model with AttentionDrop and, optionally, the consistency term.
 
-Without arguments, a small Marian from scratch on English and German dates, quantities, currencies and territories:
+Without arguments, it trains a small Marian from scratch on English and German dates, amounts and lists of territories:
 
     accelerate launch recipes/translation.py
 
@@ -12,13 +12,13 @@ A pretrained model on your own texts, a column per language or two files with a 
     accelerate launch recipes/translation.py --config recipes/configs/translation.yaml \\
         --train_file train.en.txt --train_target_file train.de.txt --output_dir runs/mine
 
-A data set from the Hub, with R-Drop as it was published for translation, which perturbs by the model's dropout alone:
+A data set from the Hub, with the settings of the R-Drop paper for translation, on the dropout of the model alone:
 
     accelerate launch recipes/translation.py --config recipes/configs/translation.yaml \\
         --dataset_name Helsinki-NLP/opus_books --dataset_config_name de-en --source_column en --target_column de \\
         --attn_implementation sdpa --consistency_weight 2.5 --label_smoothing_factor 0.1 --output_dir runs/books
 
-`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists every argument.
+`--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists all arguments.
 """
 
 import sys
@@ -29,7 +29,7 @@ try:
 
     shared.check_installed("babel", "sacrebleu", "tokenizers")
 except ModuleNotFoundError:
-    print(f"{__file__}: error: the folder `shared` is not beside this file: copy it along.", file=sys.stderr)
+    print(f"{__file__}: error: the folder `shared` must be next to this file: copy it too.", file=sys.stderr)
     sys.exit(2)
 
 from collections.abc import Sequence
@@ -73,22 +73,22 @@ from hf_attentiondrop.training.trainer import AttentionDropSeq2SeqTrainer
 
 PAD, EOS = "<pad>", "</s>"
 SCORES = {"bleu": "BLEU", "chrf": "chrF"}
-# What the loss leaves out.
+# Ignored by the loss.
 IGNORED_LABEL = -100
 
 
 @dataclass
 class TranslationModelArguments(ModelArguments):
     source_prefix: str = field(
-        default="", metadata={"help": "Put before each source, such as '>>fra<< ' for a Marian of several languages."}
+        default="", metadata={"help": "Prefix of each source, such as '>>fra<< ' for a multilingual Marian."}
     )
     max_length: int = field(
         default=128,
         metadata={
-            "help": "Tokens after which texts and translations are cut off; by default no more than the model takes."
+            "help": "Maximum tokens per text; longer ones are truncated. The default is capped at the model's limit."
         },
     )
-    vocab_size: int = field(default=2000, metadata={"help": "From scratch: tokens of the two languages together."})
+    vocab_size: int = field(default=2000, metadata={"help": "From scratch: size of the vocabulary of both languages."})
     d_model: int = field(default=64, metadata={"help": "From scratch: width of the model."})
     num_layers: int = field(default=2, metadata={"help": "From scratch: layers of the encoder and of the decoder."})
     num_attention_heads: int = field(default=4, metadata={"help": "From scratch: number of attention heads."})
@@ -96,13 +96,11 @@ class TranslationModelArguments(ModelArguments):
 
 @dataclass
 class TranslationTrainingArguments(RunArguments, AttentionDropSeq2SeqTrainingArguments):
-    output_dir: str = field(default="runs/translation", metadata={"help": "Folder for all that is written."})
+    output_dir: str = field(default="runs/translation", metadata={"help": "Output folder."})
     predict_with_generate: bool = field(
-        default=True, metadata={"help": "Translate to evaluate; false gives the loss."}
+        default=True, metadata={"help": "Evaluate by translating; false evaluates the loss only."}
     )
-    eval_strategy: str = field(
-        default="no", metadata={"help": "When to evaluate during training; translating is slow."}
-    )
+    eval_strategy: str = field(default="no", metadata={"help": "When to evaluate during training, which is slow."})
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "generation_num_beams", "generation_max_length")
@@ -110,7 +108,7 @@ class TranslationTrainingArguments(RunArguments, AttentionDropSeq2SeqTrainingArg
 
 
 def defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on what is asked for: a model from scratch needs more than Transformers' own."""
+    """Defaults that depend on other arguments: training from scratch needs others than fine-tuning."""
     if values["model_name_or_path"]:
         return {}
     is_cldr = not values["dataset_name"] and not values["train_file"]
@@ -129,11 +127,11 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
 def load_tokenizer(
     arguments: TranslationModelArguments, dataset: Dataset, columns: tuple[str, str]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or one for the texts to train on, of both languages."""
+    """Loads the tokenizer of the model, or trains one on the texts of both languages."""
     if arguments.model_name_or_path:
         return load_processor(AutoTokenizer, arguments)
     tokenizer = Tokenizer(models.BPE())
-    # Digit by digit, so that a number never seen is made of tokens that are known.
+    # Digit by digit, so that unseen numbers consist of known tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -156,7 +154,7 @@ def load_tokenizer(
 def load_model(
     arguments: TranslationModelArguments, attention: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The model, with the attention asked for."""
+    """Builds the model, from a checkpoint or from scratch."""
     if arguments.model_name_or_path:
         return load_pretrained(AutoModelForSeq2SeqLM, arguments, **attention)
     config = MarianConfig(
@@ -168,15 +166,15 @@ def load_model(
         decoder_attention_heads=arguments.num_attention_heads,
         encoder_ffn_dim=4 * arguments.d_model,
         decoder_ffn_dim=4 * arguments.d_model,
-        # These are no parameters, so that plenty cost nothing.
+        # Positions are sinusoidal, so more of them add no parameters.
         max_position_embeddings=max(512, arguments.max_length),
         scale_embedding=True,
-        # Marian's own 0.02 suits a width of 512 and more; a narrow model that starts so small learns slowly.
+        # Marian's 0.02 is for a width of 512 or more; a narrow model learns slowly from weights that small.
         init_std=arguments.d_model**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         forced_eos_token_id=tokenizer.eos_token_id,
-        # As every Marian does, it starts a translation from the padding.
+        # Every Marian starts decoding from the padding token.
         decoder_start_token_id=tokenizer.pad_token_id,
         **attention,
     )
@@ -189,7 +187,7 @@ def tokenize(
     model_arguments: TranslationModelArguments,
     data_arguments: TranslationDataArguments,
 ) -> DatasetDict:
-    """Makes `input_ids` of the sources and `labels` of the targets; batches are padded later."""
+    """Tokenizes sources to `input_ids` and targets to `labels`; batches are padded later."""
     options = {"truncation": True, "max_length": model_arguments.max_length}
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -201,13 +199,13 @@ def tokenize(
 
 
 def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Makes texts of token ids `(B, length)`, which the Trainer pads with the label that is ignored."""
+    """Decodes token ids `(B, length)`, which the Trainer pads with the ignored label."""
     ids = np.where(ids == IGNORED_LABEL, tokenizer.pad_token_id, ids)
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def scores(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """BLEU and chrF of sacrebleu over all texts together, 0 to 100."""
+    """Corpus BLEU and chrF of sacrebleu, 0 to 100."""
     return {
         "bleu": sacrebleu.corpus_bleu(list(translations), [list(references)]).score,
         "chrf": sacrebleu.corpus_chrf(list(translations), [list(references)]).score,
@@ -223,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, training_args, attention = parser.parse(argv, defaults)
 
     last_evaluation = LastEvaluation()
-    # Nothing is written before everything was found to be in order.
+    # Nothing is written before all checks have passed.
     with parser.preparing():
         check_output_dir(training_args)
         set_seed(training_args.seed)

@@ -1,4 +1,4 @@
-"""How the tests run a recipe: as a program, as a module, with input that it must refuse, and once for all to read."""
+"""Helpers that run a recipe: as a program, as a module, with bad input, and once for all tests that only read."""
 
 import importlib
 import os
@@ -14,10 +14,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
-# The tests of one recipe share its short run, so one worker takes them all.
+# The tests of a recipe share its short run, so they run on one worker.
 GROUPED_NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]
 
-# What a short run takes from a file; the flag goes before the steps there.
+# The file of a short run; its flags override max_steps.
 SHORT_RUN_CONFIG = {"seed": 7, "layers": [0], "max_steps": 9, "learning_rate": 1e-3}
 SHORT_RUN = """
     --max_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 9 --logging_steps 1 --max_eval_samples 24
@@ -33,7 +33,7 @@ ROBUSTNESS_SAMPLES = {"image_classification": 9, "text_classification": 5}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs Python the way a user does, without the network."""
+    """Runs Python as a user does, without the network."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
@@ -41,21 +41,21 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
 
 
 def launch(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs `accelerate launch`, which must succeed."""
+    """Runs `accelerate launch` and checks that it succeeds."""
     result = run("-m", "accelerate.commands.launch", *command, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The recipe as a module, which finds its shared code beside itself as when it is run."""
+    """Imports the recipe as a module, with its folder on the path as when it is run."""
     monkeypatch.syspath_prepend(RECIPES)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     return importlib.import_module(name)
 
 
-def refusal(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str | Path) -> str:
-    """Runs a recipe that must refuse its input, and gives the one line in which it does."""
+def error_line(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str | Path) -> str:
+    """Runs a recipe with bad input, checks that it exits with one line, and returns that line."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         recipe.main([str(flag) for flag in flags])
@@ -68,14 +68,14 @@ def refusal(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str |
 
 
 def short_run_flags(name: str, folder: Path) -> list[str]:
-    """The arguments of the short run of a recipe, less those that measure; some are written to a file in a folder."""
+    """The flags of the short run of a recipe, without extra measurements; writes its file into the folder."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SHORT_RUN_CONFIG))
     return ["--config", str(config), *SHORT_RUN, *SMALL[name]]
 
 
 def run_shortly(name: str, folder: Path) -> Path:
-    """Trains with a recipe for four steps, measures all that it can measure, and gives its output folder."""
+    """Trains for four steps with all measurements, and returns the output folder."""
     flags = [*short_run_flags(name, folder), "--output_dir", str(folder / "out")]
     if name in ROBUSTNESS_SAMPLES:
         flags += ["--evaluate_robustness", "--robustness_samples", str(ROBUSTNESS_SAMPLES[name])]

@@ -1,4 +1,4 @@
-"""The language modelling recipe on real files of every kind, with LoRA, and in the run without arguments."""
+"""The language modeling recipe on files of every type, with LoRA, and without arguments."""
 
 import csv
 import json
@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, Pre
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.methods import LEARNED_METHODS
 
-from .recipe_runs import RECIPES, launch, load, refusal
+from .recipe_runs import RECIPES, error_line, launch, load
 
 
 pytestmark = pytest.mark.xdist_group("causal_lm")
-# Without the consistency term the steps are cheaper, and most of what is tested has nothing to do with it.
+# Without the consistency term, which most tests do not need, steps are cheaper.
 QUICK = ["--max_steps", "2", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
 TEXTS = [f"The {adjective} {noun},\nso they say." for adjective in ("red", "old", "new") for noun in "abcdefgh"]
 SUFFIXES = ["csv", "tsv", "json", "jsonl", "parquet", "txt"]
@@ -40,12 +40,12 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def checkpoint(short_run: Callable[[str], Path]) -> Path:
-    """A small LLaMA with its tokenizer, as the recipe leaves it."""
+    """A small LLaMA with its tokenizer, saved by the recipe."""
     return short_run("causal_lm")
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    """Writes texts, in the column `body` where there are columns."""
+    """Writes texts, in the column `body` if the format has columns."""
     rows = [{"body": text, "number": number} for number, text in enumerate(texts)]
     if path.suffix == ".txt":
         path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def perplexity_by_hand(model: PreTrainedModel, blocks: list[list[int]]) -> float:
-    """Block by block, so that nothing is padded."""
+    """Computed block by block, without padding."""
     losses = []
     for block in blocks:
         ids = torch.tensor([block])
@@ -80,7 +80,7 @@ def perplexity_by_hand(model: PreTrainedModel, blocks: list[list[int]]) -> float
 
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
-    """A quarter of the run without arguments is below its baseline already, even with a single pass."""
+    """A quarter of the run without arguments is already below its baseline, even with a single pass."""
     flags = ["--num_train_epochs", "1", "--consistency_weight", "0"]
     result = launch(RECIPES / "causal_lm.py", *flags, cwd=tmp_path)
     folder = tmp_path / "runs" / "causal_lm"
@@ -144,7 +144,7 @@ def test_padding_is_not_learned(recipe: ModuleType) -> None:
     batch = recipe.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 2]}], padding=2)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    # The end of a text is learned, although it is also what pads.
+    # The end of a text is learned, although the same token pads.
     assert batch["labels"].tolist() == [[5, 6, 7], [8, 2, -100]]
 
 
@@ -175,7 +175,7 @@ def test_lora_trains_adapters_alone_and_loads_again(
     assert metrics["eval_perplexity"] == pytest.approx(adapted, rel=1e-4)
     assert adapted < 0.9 * base
 
-    # The recipe itself takes the folder as a model, too.
+    # The recipe also loads the folder as a model.
     flags = ["--model_name_or_path", str(tmp_path / "lora"), "--do_train", "false", *data]
     recipe.main([*flags, "--output_dir", str(tmp_path / "evaluation")])
     assert read(tmp_path / "evaluation", "metrics.json")["eval_perplexity"] == pytest.approx(adapted, rel=1e-4)
@@ -190,7 +190,7 @@ def test_lora_trains_adapters_alone_and_loads_again(
         ("gated_attention", {"init": "paper"}),
     ],
 )
-def test_attention_that_learns_is_trained_and_loads_again(
+def test_learned_attention_is_trained_and_loads_again(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, values: dict[str, Any]
 ) -> None:
     flags = ["--attn_implementation", method] + (["--attention_reweighting", json.dumps(values)] if values else [])
@@ -209,7 +209,7 @@ def test_attention_that_learns_is_trained_and_loads_again(
     assert perplexity == pytest.approx(read(tmp_path, "metrics.json")["eval_perplexity"], rel=1e-4)
 
 
-def test_attentiondrop_perturbs_attention_that_learns_where_it_is_asked_to(
+def test_attentiondrop_flags_combine_with_learned_attention(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--attn_implementation", "affine_scaled", "--variant", "blur", "--width", "3"]
@@ -219,7 +219,7 @@ def test_attentiondrop_perturbs_attention_that_learns_where_it_is_asked_to(
     assert read(tmp_path, "config.json")["attention_drop"] == AttentionDropConfig(variant="blur", width=3).to_dict()
 
 
-def test_lora_trains_what_attention_learns(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
+def test_lora_trains_learned_attention(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="affine_scaled").save_pretrained(base)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(base)
@@ -265,7 +265,7 @@ def test_bad_input_ends_in_one_line(
             [*model, "--use_peft", "--attn_implementation", "affine_scaled", "--block_size", "64"],
             "Save a base that has them first",
         ),
-        (["--attention_reweighting", "{gate: true}"], "--attn_implementation is attentiondrop, which learns nothing"),
+        (["--attention_reweighting", "{gate: true}"], "attentiondrop, which has no learned parameters"),
         (
             ["--attn_implementation", "attention_sink", "--attention_reweighting", "{gate: true}"],
             "Unknown key 'gate' in `attention_reweighting`",
@@ -280,5 +280,5 @@ def test_bad_input_ends_in_one_line(
         (["--train_file", single], "train"),
     ]
     for flags, message in cases:
-        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
+        assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
         assert not (tmp_path / "out").exists()

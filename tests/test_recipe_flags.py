@@ -1,4 +1,4 @@
-"""What the flags of a recipe mean: which ones go before the others, and which have an effect."""
+"""Flags of a recipe: precedence, and settings that would have no effect."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CTRLConfig, MambaConfig
 
 from hf_attentiondrop import AttentionDropConfig
 
-from .recipe_runs import load, refusal
+from .recipe_runs import error_line, load
 
 
 QUICK = ["--max_steps", "1", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
@@ -29,7 +29,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def run_with(recipe: ModuleType, folder: Path, settings: dict[str, Any], *flags: str) -> Path:
-    """Runs a recipe with a file of settings and flags over it, and gives its output folder."""
+    """Runs a recipe with a file of settings and flags that override it, and returns the output folder."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     recipe.main(["--config", str(file), *QUICK, *flags, "--output_dir", str(folder / "out")])
@@ -65,7 +65,7 @@ def run_with(recipe: ModuleType, folder: Path, settings: dict[str, Any], *flags:
         ({**HARD, "layers": [0]}, ["--variant", "blur"], {"variant": "blur", "layers": [0]}, "p, k"),
     ],
 )
-def test_settings_of_a_file_are_those_of_its_method(
+def test_file_settings_apply_only_to_the_method_of_the_file(
     recipe: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -110,13 +110,13 @@ def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatc
     recipe.main([*quick, *flags, "--output_dir", str(first)])
     metrics, config = read(first, "metrics.json"), read(first, "config.json")
     assert {field: metrics["dropout"][field] for field in DROPOUT[name]} == DROPOUT[name]
-    # The default of a field is not in config.json.
+    # Default values are not in config.json.
     assert all(config.get(field, 0.0) == value for field, value in DROPOUT[name].items())
     record = yaml.safe_load((first / "run.yaml").read_text())
     assert (record["dropout"], record["dropconnect"], metrics["dropconnect"]) == (0.25, 0.125, 0.125)
     assert "dropout 0.25" in (first / "README.md").read_text().replace("_prob", "")
 
-    # A checkpoint takes it as well.
+    # The flag also changes the dropout of a checkpoint.
     recipe.main([*quick, "--model_name_or_path", str(first), "--dropout", "0.125", "--output_dir", str(second)])
     metrics = read(second, "metrics.json")
     assert {metrics["dropout"][field] for field in DROPOUT[name]} == {0.125}
@@ -133,7 +133,7 @@ def test_dropout_acts_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
 
 
-def test_dropout_that_cannot_be_set_is_refused(
+def test_dropout_that_cannot_be_set_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load("causal_lm", monkeypatch)
@@ -152,7 +152,7 @@ def test_dropout_that_cannot_be_set_is_refused(
         flags = ["--model_name_or_path", folder, f"--{flag}", "0.1"]
         cases.append((flags, f"--{flag}: {type(config).__name__} has no {flag.replace('_', ' ')} to set"))
     for flags, message in cases:
-        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+        assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
@@ -160,7 +160,7 @@ def test_dropout_that_cannot_be_set_is_refused(
     ("name", "flag", "default", "longest"),
     [("causal_lm", "block_size", 512, 64), ("text_classification", "max_length", 128, 32)],
 )
-def test_default_length_is_at_most_what_the_model_takes(
+def test_default_length_is_capped_at_the_limit_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -179,13 +179,13 @@ def test_default_length_is_at_most_what_the_model_takes(
         capfd.readouterr().err
     )
     assert yaml.safe_load((second / "run.yaml").read_text())[flag] == longest
-    line = refusal(recipe, capfd, *flags, f"--{flag}", longest + 1, "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, *flags, f"--{flag}", longest + 1, "--output_dir", tmp_path / "out")
     assert f"--{flag}: the model takes {longest} tokens, got {longest + 1}." in line
 
 
-def test_settings_without_effect_are_refused(
+def test_settings_without_effect_are_errors(
     recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    line = refusal(recipe, capfd, "--attn_implementation", "sdpa", "--p", "0.3", "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, "--attn_implementation", "sdpa", "--p", "0.3", "--output_dir", tmp_path / "out")
     assert "--p: settings of AttentionDrop need --attn_implementation attentiondrop or" in line
     assert list(tmp_path.iterdir()) == []

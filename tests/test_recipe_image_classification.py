@@ -1,4 +1,4 @@
-"""The image recipe on real images: digits as PNG files, as a data set on disk, and in the run without arguments."""
+"""The image recipe on PNG files, on a data set on disk, and without arguments."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, BertConfig
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor
 
-from .recipe_runs import RECIPES, launch, load, refusal, run
+from .recipe_runs import RECIPES, error_line, launch, load, run
 
 
 pytestmark = pytest.mark.xdist_group("image_classification")
@@ -38,7 +38,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """PNG files of three digits, in folders that lie at different depths."""
+    """PNG files of three digits, in folders at different depths."""
     root = tmp_path_factory.mktemp("images")
     folders = {"train": root / "train", "validation": root / "other" / "place" / "validation"}
     for number, (image, digit) in enumerate(some_digits()):
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def checkpoint(short_run: Callable[[str], Path]) -> Path:
-    """A model of ten digits with its image processor, as the recipe leaves it."""
+    """A model of ten digits with its image processor, saved by the recipe."""
     return short_run("image_classification")
 
 
@@ -70,7 +70,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def data_set(folder: Path, labels: list, label_type: str) -> Path:
-    """A data set on disk whose columns have other names than the recipe expects."""
+    """A data set on disk with other column names than the recipe expects."""
     images = [image for image, _ in some_digits()]
     features = Features({"img": Image(), "digit": Value(label_type)})
     folder.mkdir()
@@ -80,7 +80,7 @@ def data_set(folder: Path, labels: list, label_type: str) -> Path:
 
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
-    """A third of the run without arguments knows most digits already."""
+    """A third of the run without arguments already classifies most digits."""
     result = launch(RECIPES / "image_classification.py", "--num_train_epochs", "7", cwd=tmp_path)
     folder = tmp_path / "runs" / "image_classification"
     metrics = read(folder, "metrics.json")
@@ -128,7 +128,7 @@ def test_model_folder_is_fine_tuned_for_other_classes(
     assert after.classifier.out_features == len(CLASSES)
     weights = after.vit.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in before.vit.state_dict().items())
-    # Transformers' own value, which suits fine-tuning, and not that of a model from scratch.
+    # Transformers' default for fine-tuning, not the one for training from scratch.
     assert "weight_decay" not in yaml.safe_load((tmp_path / "run.yaml").read_text())
 
 
@@ -142,12 +142,12 @@ def test_data_set_with_other_columns(recipe: ModuleType, tmp_path: Path, label_t
 
 
 def test_subset_has_every_class(recipe: ModuleType, folders: dict[str, Path]) -> None:
-    # Files come sorted by class, so that the first ones would be of one class only.
+    # Files are sorted by class, so the first ones would all be of one class.
     arguments = recipe.ImageDataArguments(train_dir=str(folders["train"]), max_train_samples=15)
     assert set(recipe.load_data(arguments)["train"]["label"]) == {0, 1, 2}
 
 
-def test_held_out_digits_are_the_same_whatever_the_seed(recipe: ModuleType) -> None:
+def test_held_out_digits_do_not_depend_on_the_seed(recipe: ModuleType) -> None:
     held_out = []
     for seed in (1, 2):
         transformers.set_seed(seed)
@@ -166,7 +166,7 @@ def test_attention_arguments_reach_the_model(recipe: ModuleType, tmp_path: Path)
     assert "attention_drop" not in read(tmp_path / "plain", "config.json")
 
 
-def test_evaluation_alone_gives_the_accuracy_of_the_model(
+def test_evaluation_without_training_gives_the_same_accuracy(
     recipe: ModuleType, checkpoint: Path, tmp_path: Path
 ) -> None:
     flags = ["--model_name_or_path", str(checkpoint), "--do_train", "false", "--max_eval_samples", "24"]
@@ -196,7 +196,7 @@ def test_bad_data_ends_in_one_line(
         (["--train_dir", train, "--validation_dir", tmp_path / "nowhere"], "--validation_dir: expected an existing"),
         (["--train_dir", empty], "it has no rows"),
         (["--train_dir", train / CLASSES[0]], "expected at least two classes"),
-        (["--train_dir", train, "--validation_dir", unseen], "classes that the training data has not: three"),
+        (["--train_dir", train, "--validation_dir", unseen], "classes that are not in the training data: three"),
         (
             ["--train_dir", train, "--label_column", "class"],
             "--label_column: the train data has no column 'class'; its",
@@ -212,7 +212,7 @@ def test_bad_data_ends_in_one_line(
         (["--dataset_name", gaps, *columns], "'digit' has samples without a label"),
     ]
     for flags, message in cases:
-        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
+        assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
         assert not (tmp_path / "out").exists()
 
 
@@ -224,7 +224,7 @@ def test_bad_model_ends_in_one_line(
     shutil.copytree(checkpoint, no_images)
     BertConfig().save_pretrained(no_images)
     for folder, message in ((no_processor, "Can't load image processor"), (no_images, "BertConfig")):
-        line = refusal(recipe, capfd, "--model_name_or_path", folder, "--output_dir", tmp_path / "out")
+        line = error_line(recipe, capfd, "--model_name_or_path", folder, "--output_dir", tmp_path / "out")
         assert message in line
         assert not (tmp_path / "out").exists()
 
@@ -236,10 +236,10 @@ def test_bad_input_ends_a_process_with_code_2(tmp_path: Path) -> None:
     assert "`p` must be a probability" in result.stderr
 
 
-def test_pushing_without_a_login_is_refused_before_training(
+def test_pushing_without_a_login_fails_before_training(
     recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    line = refusal(recipe, capfd, "--push_to_hub", *SMALL, "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, "--push_to_hub", *SMALL, "--output_dir", tmp_path / "out")
     assert "offline" in line
     assert not (tmp_path / "out").exists()
 

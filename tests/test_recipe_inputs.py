@@ -1,5 +1,4 @@
-"""Data and models that a recipe cannot use end in one line, before anything is written; unusual ones that it can are
-used."""
+"""Unusable data and models are one-line errors before anything is written; unusual but usable ones work."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from .recipe_runs import load, refusal
+from .recipe_runs import error_line, load
 
 
 NAMES = ["causal_lm", "image_classification", "text_classification", "translation"]
@@ -32,7 +31,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModuleType], Path]:
-    """A small model of a recipe with its tokenizer or image processor, as the recipe leaves it."""
+    """A small model with its tokenizer or image processor, saved by the recipe."""
     made: dict[str, Path] = {}
 
     def make(recipe: ModuleType) -> Path:
@@ -59,7 +58,7 @@ def with_weights(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_that_cannot_be_used_are_refused(
+def test_unusable_weights_are_errors(
     name: str,
     checkpoints: Callable[[ModuleType], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -91,13 +90,13 @@ def test_weights_that_cannot_be_used_are_refused(
         (junk, "JSON" if name in ("causal_lm", "translation") else "--model_name_or_path: expected the model's own"),
     ):
         flags = ["--model_name_or_path", folder, *QUICK, *LENGTHS.get(name, [])]
-        line = refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+        line = error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
         assert all(part in line for part in message.split(".*")), line
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "text_classification", "translation"])
-def test_tokenizers_that_cannot_be_used_are_refused(
+def test_unusable_tokenizers_are_errors(
     name: str,
     checkpoints: Callable[[ModuleType], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -117,7 +116,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(
         (other, "for which the model has embeddings, got token 100"),
     ):
         flags = ["--model_name_or_path", folder, *QUICK, *LENGTHS.get(name, [])]
-        line = refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+        line = error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
         assert message in line
         assert not (tmp_path / "out").exists()
 
@@ -126,7 +125,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(
     ("name", "contents"),
     [("a.csv", "text,label\ncafé,1\nthé,0\n"), ("b.jsonl", '{"text": "café", "label": 1}\n'), ("c.txt", "café\n")],
 )
-def test_text_in_another_encoding_is_refused(
+def test_text_in_another_encoding_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, contents: str
 ) -> None:
     recipe = load("causal_lm", monkeypatch)
@@ -137,7 +136,7 @@ def test_text_in_another_encoding_is_refused(
         (["--train_file", bad], "--train_file"),
         (["--train_file", good, "--validation_file", bad], "--validation_file"),
     ):
-        line = refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+        line = error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
         assert f"error: {flag}: '{bad}' cannot be loaded: it is not in UTF-8: " in line
         assert not (tmp_path / "out").exists()
 
@@ -150,7 +149,7 @@ def test_text_in_another_encoding_is_refused(
         ("csv", ["a", "b", "a", " ", "b"], 3),
     ],
 )
-def test_an_empty_label_is_refused(
+def test_empty_label_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -165,7 +164,7 @@ def test_an_empty_label_is_refused(
         "jsonl": [json.dumps({"text": f"text {number}", "label": label}) for number, label in enumerate(labels)],
     }
     file.write_text("\n".join(lines[suffix]) + "\n")
-    line = refusal(recipe, capfd, "--train_file", file, "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, "--train_file", file, "--output_dir", tmp_path / "out")
     assert (
         f"--label_column: 'label' has samples without a label, as test splits often do, the first in row {row} "
         in line
@@ -182,7 +181,7 @@ def pictures() -> list[tuple[PILImage.Image, int]]:
     ]
 
 
-def test_a_broken_image_is_refused(
+def test_broken_image_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load("image_classification", monkeypatch)
@@ -194,7 +193,7 @@ def test_a_broken_image_is_refused(
     contents = broken.read_bytes()
     for cut in (contents[: len(contents) // 2], b"no image", b""):
         broken.write_bytes(cut)
-        line = refusal(recipe, capfd, "--train_dir", folder, *SMALL_IMAGES, "--output_dir", tmp_path / "out")
+        line = error_line(recipe, capfd, "--train_dir", folder, *SMALL_IMAGES, "--output_dir", tmp_path / "out")
         assert "--image_column: the " in line and f"of 'image', counted from 0, {broken}: " in line
         assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""A recipe that lacks something says in one line what, and how to get it, before it imports anything else."""
+"""A recipe with missing packages or files exits with one line that says how to get them, before other imports."""
 
 import re
 import shutil
@@ -15,10 +15,10 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_that_was_copied_alone_says_so(name: str, tmp_path: Path) -> None:
+def test_recipe_copied_without_its_shared_code(name: str, tmp_path: Path) -> None:
     recipe = shutil.copy(RECIPES / f"{name}.py", tmp_path)
     result = run(recipe, cwd=tmp_path)
-    expected = f"{recipe}: error: the folder `shared` is not beside this file: copy it along.\n"
+    expected = f"{recipe}: error: the folder `shared` must be next to this file: copy it too.\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", expected)
 
 
@@ -27,7 +27,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(name: st
     # Python without site-packages.
     command = [sys.executable, "-I", "-S", RECIPES / f"{name}.py", "--output_dir", tmp_path / "out"]
     result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    # An isolated Python does not look beside the script, either.
+    # Isolated Python does not put the folder of the script on the path, either.
     assert result.returncode == 2 and "`shared`" in result.stderr
 
     script = f"import sys; sys.path.insert(0, {str(RECIPES)!r}); sys.argv = ['{name}.py']; import {name}"
@@ -43,9 +43,9 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(name: st
     assert {"torch", "transformers", "accelerate", "datasets", "matplotlib"} | own.get(name, set()) <= missing
 
 
-def test_a_recipe_imports_nothing_that_it_does_not_ask_for() -> None:
-    """What the recipes import is in the list that is checked, or comes with what is."""
-    comes_along = {"numpy", "pyarrow", "filelock", "shared"}
+def test_every_import_is_checked() -> None:
+    """Every import of the recipes is checked by `check_installed`, or is a dependency of one that is."""
+    dependencies = {"numpy", "pyarrow", "filelock", "shared"}
     files = [*RECIPES.glob("*.py"), *(RECIPES / "shared").glob("*.py")]
     imported = {
         name
@@ -53,7 +53,7 @@ def test_a_recipe_imports_nothing_that_it_does_not_ask_for() -> None:
         for name in re.findall(r"^(?:from|import) (\w+)", file.read_text(), flags=re.MULTILINE)
         if name not in sys.stdlib_module_names
     }
-    asked = set(re.findall(r'"(\w+)"', (RECIPES / "shared" / "__init__.py").read_text()))
+    checked = set(re.findall(r'"(\w+)"', (RECIPES / "shared" / "__init__.py").read_text()))
     for file in RECIPES.glob("*.py"):
-        asked |= set(re.findall(r'"(\w+)"', re.search(r"check_installed\((.*)\)", file.read_text())[1]))
-    assert imported <= asked | comes_along
+        checked |= set(re.findall(r'"(\w+)"', re.search(r"check_installed\((.*)\)", file.read_text())[1]))
+    assert imported <= checked | dependencies

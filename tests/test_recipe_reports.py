@@ -1,4 +1,4 @@
-"""Every recipe leaves a report: figures, pictures and a card; and with `--push_to_hub` it leaves them on the Hub."""
+"""Every recipe writes a report (metrics, plots and a model card) and uploads it with `--push_to_hub`."""
 
 import json
 import re
@@ -37,7 +37,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", GROUPED_NAMES)
-def test_every_run_leaves_a_report(name: str, short_run: Callable[[str], Path]) -> None:
+def test_every_run_writes_a_report(name: str, short_run: Callable[[str], Path]) -> None:
     folder = short_run(name)
     card = ModelCard.load(folder / "README.md")
     shown = re.findall(r"!\[.*\]\(plots/(.*)\.png\)", card.text)
@@ -71,11 +71,11 @@ def test_reported_calibration_is_that_of_the_saved_model(
         assert metrics["calibration"][name] == pytest.approx(value, rel=1e-4)
 
 
-def test_what_is_measured_first_is_of_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_measured_samples_have_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     from shared.evaluation import held_out_batches
 
-    labels = sorted(range(60), key=lambda number: number % 3)  # as folders of images come
+    labels = sorted(range(60), key=lambda number: number % 3)  # like folders of images
     dataset = Dataset.from_dict({"number": labels, "labels": [number % 3 for number in labels]})
     arguments = AttentionDropTrainingArguments(str(tmp_path), per_device_eval_batch_size=10, use_cpu=True)
     batches = held_out_batches(AttentionDropTrainer(build("vit"), arguments, eval_dataset=dataset))
@@ -85,7 +85,7 @@ def test_what_is_measured_first_is_of_every_class(tmp_path: Path, monkeypatch: p
 
 
 def push(endpoint: str, root: Path, *names: str) -> subprocess.CompletedProcess[str]:
-    """Runs the recipe with `--push_to_hub` in one process, into a folder and a repository of each name."""
+    """Runs the recipe with `--push_to_hub` in one process, once per name, which is its folder and repository."""
     environment = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(root / "home"),

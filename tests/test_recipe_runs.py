@@ -1,4 +1,4 @@
-"""A run of a recipe from its first to its last step: alone in its folder, cut short, resumed, and what it reports."""
+"""A run of a recipe from its first to its last step: locked folder, interruption, resumption, reported steps."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from transformers import TrainerCallback
 
-from .recipe_runs import load, refusal
+from .recipe_runs import error_line, load
 
 
 QUICK = ["--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
@@ -35,7 +35,7 @@ def read(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
 
 
 def add_callback(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
-    """Gives the Trainer of a recipe one more callback."""
+    """Adds a callback to the Trainer of a recipe."""
     trainer = recipe.AttentionDropTrainer
     monkeypatch.setattr(
         recipe,
@@ -46,7 +46,7 @@ def add_callback(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, callback: 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Another process that holds the folder of a run."""
+    """Another process that holds the lock of a folder."""
     script = (
         "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
         "print('locked', flush=True); sys.stdin.read()"
@@ -60,15 +60,15 @@ def locked(folder: Path) -> Iterator[None]:
             process.kill()
 
 
-def test_folder_of_another_run_is_refused(
+def test_folder_of_another_run_is_an_error(
     recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--max_steps", "1", *QUICK, "--output_dir", str(tmp_path)]
     with locked(tmp_path):
-        line = refusal(recipe, capfd, *flags)
+        line = error_line(recipe, capfd, *flags)
         assert f"--output_dir: another run is writing into {tmp_path}" in line
         assert [path.name for path in tmp_path.iterdir()] == ["_lock"]
-    # The other one was killed, and its lock with it; the file that is left does no harm.
+    # Killing the other process releases its lock; the leftover file does not matter.
     recipe.main(flags)
     assert read(tmp_path)["train_loss"] > 0
     assert not (tmp_path / "_lock").exists()
@@ -95,7 +95,7 @@ def test_a_run_holds_its_folder_until_it_ends(
 
 
 def end_of(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
-    """The exit code of a run that does not end well, and its last line on stderr."""
+    """The exit code of a failing run, and its last line on stderr."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit_:
         recipe.main(list(flags))
@@ -104,14 +104,14 @@ def end_of(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: str) -
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Python's answer to Ctrl-C, which a process that a shell started in the background does not have."""
+    """Restores Python's handler of Ctrl-C, which background processes of a shell lack."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
 
 
 def interrupt_at(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Sends the process what Ctrl-C sends, after so many steps."""
+    """Sends the signal of Ctrl-C after a number of steps."""
 
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,14 +153,14 @@ def test_ctrl_c_before_the_training_ends_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-# Bytes: less than the weights take; more than these, and less than the state of the optimizer.
+# Bytes: less than the weights; more than the weights, but less than the optimizer state.
 @pytest.mark.parametrize("room", [200_000, 1_000_000])
 def test_a_disk_without_room_ends_in_one_line_that_says_how_to_go_on(
     recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], room: int
 ) -> None:
     flags = ["--max_steps", "4", *TWO_STEPS, *QUICK, "--output_dir", str(tmp_path)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Writing beyond it fails as on a full disk, for this process alone.
+    # Writes beyond it fail as on a full disk, for this process alone.
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         code, line = end_of(recipe, capfd, *flags)
@@ -203,7 +203,7 @@ def test_the_trained_model_is_evaluated_once(monkeypatch: pytest.MonkeyPatch, tm
     flags = [*QUICK, "--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
     recipe.main(["--max_steps", "2", *flags])
     assert evaluated == [(2, read(tmp_path)["eval_loss"])]
-    # Where training ends behind the last evaluation, the weights are others.
+    # If training ends after the last evaluation, the weights differ.
     recipe.main(["--max_steps", "3", *flags, "--overwrite_output_dir"])
     assert [step for step, _ in evaluated] == [2, 2, 3]
     assert read(tmp_path)["eval_loss"] == evaluated[-1][1]
@@ -231,9 +231,9 @@ def test_images_have_a_trivial_baseline(
         ("image_classification", "--max_train_samples"),
     ],
 )
-def test_counts_of_nothing_are_refused_before_the_training(
+def test_counts_of_zero_are_errors_before_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, flag: str
 ) -> None:
-    line = refusal(load(name, monkeypatch), capfd, flag, "0", "--max_steps", "1", "--output_dir", tmp_path / "out")
+    line = error_line(load(name, monkeypatch), capfd, flag, "0", "--max_steps", "1", "--output_dir", tmp_path / "out")
     assert f"error: {flag}: expected at least 1, got 0." in line
     assert not (tmp_path / "out").exists()

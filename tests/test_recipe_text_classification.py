@@ -1,4 +1,4 @@
-"""The text recipe on real files of every kind, on pairs, on models of its own, and in the run without arguments."""
+"""The text recipe on files of every type, on pairs, on its own models, and without arguments."""
 
 import csv
 import json
@@ -25,13 +25,13 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from .recipe_runs import RECIPES, launch, load, refusal
+from .recipe_runs import RECIPES, error_line, launch, load
 
 
 pytestmark = pytest.mark.xdist_group("text_classification")
 CLASSES = ["fruit", "tool"]
 WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "tool": ["hammer", "saw", "drill", "file"]}
-# Without the consistency term the steps are cheaper, and most of what is tested has nothing to do with it.
+# Without the consistency term, which most tests do not need, steps are cheaper.
 QUICK = ["--max_steps", "2", "--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
 COLUMNS = ["--text_column", "note", "--label_column", "kind"]
 
@@ -44,13 +44,13 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def checkpoint(short_run: Callable[[str], Path]) -> Path:
-    """A small BERT with its tokenizer, as the recipe leaves it."""
+    """A small BERT with its tokenizer, saved by the recipe."""
     return short_run("text_classification")
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a short run that is launched as the README says, which trains a tokenizer of its own."""
+    """The output folder of a short run, launched as in the README, which trains its own tokenizer."""
     folder = tmp_path_factory.mktemp("launched") / "out"
     result = launch(RECIPES / "text_classification.py", "--output_dir", folder, *QUICK, "--consistency_weight", "1")
     assert result.stdout.count(str(folder / "metrics.json")) == 1
@@ -59,7 +59,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(count: int = 40) -> list[dict[str, str]]:
-    """Notes of two kinds, each naming a thing, with a comma, a quote and an umlaut."""
+    """Texts of two classes, with a comma, a quote and an umlaut."""
     return [
         {"note": f'Nr. {i}, "the {WORDS[kind][i % 4]}" für uns', "reply": f"no {kind}", "kind": kind}
         for i in range(count)
@@ -68,7 +68,7 @@ def rows(count: int = 40) -> list[dict[str, str]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes rows by other means than the recipe reads them with, as far as there are any."""
+    """Writes rows with other libraries than the recipe reads them with, if possible."""
     if path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -95,7 +95,7 @@ def test_two_steps_under_accelerate_launch(launched: Path) -> None:
 
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
-    """A quarter of the run without arguments is well above its baseline already."""
+    """A quarter of the run without arguments is already well above its baseline."""
     result = launch(
         RECIPES / "text_classification.py", "--num_train_epochs", "4", "--consistency_weight", "1", cwd=tmp_path
     )
@@ -127,7 +127,7 @@ def test_saved_model_and_tokenizer_give_the_reported_metrics(recipe: ModuleType,
 
 
 def test_tokenizer_is_the_same_in_every_process(checkpoint: Path, launched: Path) -> None:
-    # Processes that train together number the tokens each by itself, as does a run that is resumed.
+    # Each process trains the tokenizer by itself, and so does a resumed run.
     here, there = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (checkpoint, launched))
     assert here == there and len(here) > 1000
 
@@ -169,7 +169,7 @@ def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkp
     assert after.num_labels == 2 < before.num_labels
     assert all(torch.equal(value, weights[name]) for name, value in before.bert.state_dict().items())
     assert AutoTokenizer.from_pretrained(second).get_vocab() == AutoTokenizer.from_pretrained(first).get_vocab()
-    # Transformers' own value, which suits fine-tuning, and not that of a model from scratch.
+    # Transformers' default for fine-tuning, not the one for training from scratch.
     assert "weight_decay" not in yaml.safe_load((second / "run.yaml").read_text())
 
 
@@ -210,12 +210,12 @@ def test_metrics_of_known_predictions(recipe: ModuleType) -> None:
     assert recipe.classification_metrics(sure) == {"accuracy": 1, "macro_f1": 1, "expected_calibration_error": 0}
 
 
-def test_nothing_held_out_stands_in_the_training_passages(recipe: ModuleType) -> None:
-    from shared.documentation import word_runs
+def test_training_passages_do_not_contain_held_out_ones(recipe: ModuleType) -> None:
+    from shared.documentation import word_ngrams
 
     data = recipe.load_data(recipe.TextDataArguments())
-    seen = set().union(*map(word_runs, data["train"]["text"]))
-    assert max(len(word_runs(text) & seen) / len(word_runs(text)) for text in data["validation"]["text"]) < 0.5
+    seen = set().union(*map(word_ngrams, data["train"]["text"]))
+    assert max(len(word_ngrams(text) & seen) / len(word_ngrams(text)) for text in data["validation"]["text"]) < 0.5
     counts = np.bincount(data["train"]["label"])
     assert len(counts) >= 6 and counts.min() >= 30
     assert set(data["validation"]["label"]) == set(range(len(counts)))
@@ -241,21 +241,21 @@ def test_bad_data_ends_in_one_line(recipe: ModuleType, tmp_path: Path, capfd: py
         (["--train_file", train, *COLUMNS, "--text_pair_column", "answer"], "--text_pair_column: the train data has"),
         (["--train_file", train, *COLUMNS[:2], "--label_column", "class"], "--label_column: the train data has no"),
         (["--train_file", gaps, *COLUMNS], "--text_column: 1 rows of the train data have no text in 'note'"),
-        (["--train_file", train, "--validation_file", unseen, *COLUMNS], "has not: animal"),
+        (["--train_file", train, "--validation_file", unseen, *COLUMNS], "not in the training data: animal"),
     ]
     for flags, message in cases:
-        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
+        assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
         assert not (tmp_path / "out").exists()
 
 
-def test_text_longer_than_the_model_takes_is_refused(
+def test_max_length_above_the_limit_of_the_model_is_an_error(
     recipe: ModuleType, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model_name_or_path", checkpoint, "--max_length", "65", "--output_dir", tmp_path / "out"]
-    assert "--max_length: the model takes 64 tokens, got 65" in refusal(recipe, capfd, *flags)
+    assert "--max_length: the model takes 64 tokens, got 65" in error_line(recipe, capfd, *flags)
 
 
-def test_a_model_that_cannot_be_attacked_is_refused_before_it_is_trained(
+def test_model_that_cannot_be_attacked_is_an_error_before_training(
     recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = recipe.train_encoder_tokenizer([row["note"] for row in rows()], 300, 32)
@@ -264,13 +264,13 @@ def test_a_model_that_cannot_be_attacked_is_refused_before_it_is_trained(
         saved.save_pretrained(tmp_path / "model")
     file = write(tmp_path / "train.csv", rows())
     flags = ["--model_name_or_path", tmp_path / "model", "--train_file", file, *COLUMNS, "--max_length", "32"]
-    line = refusal(recipe, capfd, *flags, "--evaluate_robustness", "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, *flags, "--evaluate_robustness", "--output_dir", tmp_path / "out")
     assert "--evaluate_robustness: expected a classifier that takes embeddings instead of token ids, got T5" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
-def test_words_for_nothing_are_texts_all_the_same(recipe: ModuleType, tmp_path: Path, ending: str) -> None:
+def test_words_such_as_none_are_texts(recipe: ModuleType, tmp_path: Path, ending: str) -> None:
     words = ["nan", "None", "NA", "null"]
     file = write(tmp_path / f"train{ending}", [{"note": words[i % 4], "kind": CLASSES[i // 4 % 2]} for i in range(40)])
     arguments = recipe.TextDataArguments(train_file=str(file), text_column="note", label_column="kind")

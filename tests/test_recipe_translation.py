@@ -1,4 +1,4 @@
-"""The translation recipe on real files of every kind that it reads, and in the run without data of one's own."""
+"""The translation recipe on files of every type, and without arguments."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 
-from .recipe_runs import RECIPES, launch, load, refusal
+from .recipe_runs import RECIPES, error_line, launch, load
 
 
 pytestmark = pytest.mark.xdist_group("translation")
@@ -61,7 +61,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def checkpoint(short_run: Callable[[str], Path]) -> Path:
-    """A small Marian with its tokenizer, as the recipe leaves it."""
+    """A small Marian with its tokenizer, saved by the recipe."""
     return short_run("translation")
 
 
@@ -78,18 +78,18 @@ def translate(folder: Path, texts: list[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_run_without_data_translates(tmp_path: Path) -> None:
-    """The run without arguments, but for a single pass, which takes half the time and is good enough."""
+    """The run without arguments, with a single pass, which takes half the time."""
     result = launch(RECIPES / "translation.py", "--consistency_weight", "0", cwd=tmp_path)
     folder = tmp_path / "runs" / "translation"
     metrics = read(folder)
     assert metrics["eval_bleu"] > metrics["copy_bleu"] + 60
     assert metrics["eval_chrf"] > metrics["copy_chrf"] + 40
     assert f"{metrics['eval_bleu']:.1f} (copying the source: {metrics['copy_bleu']:.1f})" in result.stdout
-    # The folder translates without the recipe, and what is in no data of it: the year is out of its range.
+    # The folder translates without the recipe, and unseen text: the data has no date in that year.
     assert translate(folder, ["March 5, 2081"]) == ["5. März 2081"]
 
 
-def test_held_out_phrases_say_what_training_does_not(recipe: ModuleType) -> None:
+def test_held_out_phrases_are_not_in_the_training_data(recipe: ModuleType) -> None:
     data = recipe.load_pairs(recipe.TranslationDataArguments(), recipe.cldr_pairs)
     train, validation = ([set(data[split][name]) for name in ("source", "target")] for split in data)
     for seen, unseen in zip(train, validation, strict=True):
@@ -146,7 +146,7 @@ def test_source_prefix_is_trained_on(recipe: ModuleType, checkpoint: Path) -> No
 
 def test_scores_are_those_of_sacrebleu(recipe: ModuleType) -> None:
     assert recipe.scores(["a b c d e"], ["a b c d e"]) == pytest.approx({"bleu": 100.0, "chrf": 100.0})
-    # Half of the words, all in place: precisions 1, brevity penalty exp(1 - 8/4).
+    # The first half of the words: all precisions are 1, the brevity penalty is exp(1 - 8/4).
     assert recipe.scores(["a b c d"], ["a b c d e f g h"])["bleu"] == pytest.approx(100 * 2.718281828**-1)
 
 
@@ -189,5 +189,5 @@ def test_bad_input_ends_in_one_line(
         (["--consistency_weight", "-1"], "`consistency_weight` must be a finite number >= 0"),
     ]
     for flags, message in cases:
-        assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
+        assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out"), flags
         assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What every recipe in `recipes/` promises, whatever its task; a new recipe is tested here by being there."""
+"""Tests of every recipe in `recipes/`, whatever its task; a new recipe is found by its file."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .recipe_runs import GROUPED_NAMES, NAMES, RECIPES, SHORT_RUN_CONFIG, SMALL, load, refusal, short_run_flags
+from .recipe_runs import GROUPED_NAMES, NAMES, RECIPES, SHORT_RUN_CONFIG, SMALL, error_line, load, short_run_flags
 
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
@@ -75,7 +75,7 @@ def test_run_file_reproduces_the_run(recipe: ModuleType, short_run: Callable[[st
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_base_attention_computes_what_is_blurred_and_left_alone(
+def test_base_attention_runs_in_training_and_evaluation(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = set()
@@ -96,7 +96,7 @@ def test_base_attention_computes_what_is_blurred_and_left_alone(
 def test_bad_input_ends_in_one_line(
     recipe: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    assert message in refusal(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
+    assert message in error_line(recipe, capfd, *flags, "--output_dir", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,17 +115,17 @@ def test_bad_config_ends_in_one_line(
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(contents)
-    assert message in refusal(recipe, capfd, "--config", config, "--output_dir", tmp_path / "out")
+    assert message in error_line(recipe, capfd, "--config", config, "--output_dir", tmp_path / "out")
     assert list(tmp_path.iterdir()) == [config]
 
 
-def test_output_folder_is_not_overwritten_unasked(
+def test_output_folder_is_not_overwritten_by_default(
     recipe: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "results.txt").write_text("precious")
     (tmp_path / "checkpoint-900").mkdir()
     flags = ["--output_dir", str(tmp_path), *QUICK[recipe.__name__]]
-    assert "is not empty" in refusal(recipe, capfd, *flags)
+    assert "is not empty" in error_line(recipe, capfd, *flags)
     assert len(list(tmp_path.iterdir())) == 2
 
     recipe.main([*flags, "--overwrite_output_dir"])
@@ -133,18 +133,18 @@ def test_output_folder_is_not_overwritten_unasked(
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_output_folder_that_is_a_file_is_refused(
+def test_output_folder_that_is_a_file_is_an_error(
     recipe: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "out").write_text("precious")
-    assert "is a file" in refusal(recipe, capfd, "--output_dir", tmp_path / "out")
+    assert "is a file" in error_line(recipe, capfd, "--output_dir", tmp_path / "out")
 
 
 def test_resumed_run_equals_uninterrupted_run(
     recipe: ModuleType, short_run: Callable[[str], Path], tmp_path: Path
 ) -> None:
     whole, resumed = short_run(recipe.__name__), tmp_path / "resumed"
-    (resumed / "checkpoint-3").mkdir(parents=True)  # of a run killed while it saved
+    (resumed / "checkpoint-3").mkdir(parents=True)  # of a run killed while saving
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     flags = short_run_flags(recipe.__name__, tmp_path)
     recipe.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint"])
@@ -155,7 +155,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 def test_best_checkpoint_is_loaded_at_the_end(recipe: ModuleType, tmp_path: Path) -> None:
     every_second = ["--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"]
-    # Slowly enough the loss falls, so that with the highest as the best it is not the last checkpoint.
+    # The loss falls in small steps, so with the highest loss as the best, the last checkpoint is not the best.
     best = [
         "--learning_rate",
         "1e-4",
@@ -181,7 +181,7 @@ def test_example_configs_hold_arguments_of_their_recipe(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load(next(name for name in NAMES if path.stem.startswith(name)), monkeypatch)
-    # The model that the file names is not there offline: that it is missed means that every key was understood.
-    message = refusal(recipe, capfd, "--config", path, "--output_dir", tmp_path / "out")
+    # The model of the file is not available offline; the error about it shows that every key was accepted.
+    message = error_line(recipe, capfd, "--config", path, "--output_dir", tmp_path / "out")
     assert "config" not in message and "connect" in message or "Can't load" in message
     assert not (tmp_path / "out").exists()

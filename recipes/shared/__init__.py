@@ -1,4 +1,4 @@
-"""What the recipes have in common: their arguments, their data, and the record that a run leaves behind."""
+"""Code shared by the recipes: arguments, data, checks, and the record of a run."""
 
 import os
 import sys
@@ -6,25 +6,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-# What every recipe imports sooner or later, as it is imported; the plots are drawn at the end.
+# Import names of what every recipe needs; matplotlib is used last, for the plots.
 ALL_NEED = ("torch", "transformers", "hf_attentiondrop", "accelerate", "datasets", "matplotlib", "yaml")
 
 
 def check_installed(*modules: str) -> None:
-    """Ends the process where packages are missing, with one line that names them and the command that installs them.
+    """Exits with one line that names the missing packages and the command that installs them, if any are missing.
 
     Args:
-        modules (`str`): what the recipe imports beyond what all of them do.
+        modules (`str`): import names of the packages that only this recipe needs.
     """
     missing = [module for module in (*ALL_NEED, *modules) if find_spec(module) is None]
     if not missing:
         return
     root = Path(__file__).resolve().parents[2]
-    place = root if (root / "pyproject.toml").is_file() else "a clone of hf-attentiondrop"
+    location = root if (root / "pyproject.toml").is_file() else "a clone of hf-attentiondrop"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"{Path(sys.argv[0]).name}: error: not installed: {', '.join(missing)}. Run `pip install -e '.[recipes]'` "
-            f"in {place}.",
+            f"in {location}.",
             file=sys.stderr,
         )
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""The arguments that the recipes share, and what they say about attention."""
+"""Arguments shared by all recipes, and the attention options that follow from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,49 +19,48 @@ ATTENTION_DROP_FIELDS = ("variant", *dict.fromkeys(name for names in SETTINGS.va
 
 @dataclass
 class ModelArguments:
-    """Which model to train, and how it attends."""
+    """The model to train, its attention and its dropout."""
 
     _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model on the Hub, or folder, to start from. Without it a small one is trained from scratch."
+            "help": "Model to fine-tune, on the Hub or in a folder. By default a small one is trained from scratch."
         },
     )
     attn_implementation: str = field(
         default=ATTENTION_DROP,
         metadata={
-            "help": "Attention to train with: attentiondrop; or one that learns, affine_scaled, attention_sink or "
-            "gated_attention, which AttentionDrop perturbs where one of its flags is given as well; or the baseline, "
-            "sdpa, which takes none of those flags. Where it is on the command line, what --config sets of another "
-            "method does not apply."
+            "help": "Attention to train with: attentiondrop; affine_scaled, attention_sink or gated_attention, which "
+            "have learned parameters and can be combined with the AttentionDrop flags; or the baseline, sdpa, without "
+            "any of those flags. On the command line, it overrides the settings of other methods in --config."
         },
     )
     base_attention: str | None = field(
         default=None,
         metadata={
-            "help": "Kernel to compute the attention that is blurred, reweighted, or left alone: flash_attention_2, 3 "
-            "or 4, flex_attention. Without it, and where it cannot express a mask, SDPA does."
+            "help": "Kernel of the underlying attention: flash_attention_2, flash_attention_3, flash_attention_4 or "
+            "flex_attention. By default, and for masks that the kernel cannot express, SDPA."
         },
     )
     attention_reweighting: str | None = field(
         default=None,
         metadata={
-            "help": "Configuration of an attention that learns, as YAML: '{init: paper, gate: true}'. init: paper is "
-            "for training from scratch. The class of its configuration documents the keys."
+            "help": "Configuration of an attention with learned parameters, as YAML: '{init: paper, gate: true}'. Use "
+            "init: paper to train from scratch. The keys are documented in its configuration class."
         },
     )
     dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Probability of every dropout in the model: of hidden states, attention weights and the head. "
-            "Without it, those of its config."
+            "help": "Probability of every dropout in the model: hidden states, attention weights and head. By "
+            "default, the values in its config."
         },
     )
     attention_dropout: float | None = field(
         default=None,
-        metadata={"help": "Probability of the dropout of attention weights alone; overrides --dropout."},
+        metadata={"help": "Dropout probability of the attention weights; overrides --dropout for them."},
     )
     dropconnect: float = field(
         default=0.0,
@@ -84,30 +83,28 @@ class ModelArguments:
 
 @dataclass
 class RunArguments:
-    """What a recipe adds to Transformers' training arguments; to be mixed into them."""
+    """Mixin for Transformers' training arguments: the defaults and flags that the recipes change."""
 
     _argument_group_name = "training"
 
-    do_train: bool = field(default=True, metadata={"help": "Train; false evaluates the model as it is."})
+    do_train: bool = field(default=True, metadata={"help": "Train the model; false only evaluates it."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
     logging_steps: float = field(
-        default=0.05, metadata={"help": "Steps between two logs of the loss; below 1 as a share of all steps."}
+        default=0.05, metadata={"help": "Steps between two logs of the loss; below 1, a fraction of all steps."}
     )
-    # Without it several processes on a machine that has no accelerator would not find each other.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Leave the accelerator alone."}
-    )
+    # Without it, processes on a machine without an accelerator could not form a group.
+    use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Use the CPU only."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Write into an output folder that is not empty; checkpoints found in it are deleted."},
+        metadata={"help": "Write into a folder that is not empty; checkpoints in it are deleted."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint folder to continue from; without a value, the last one in the output folder.",
+            "help": "Checkpoint folder to resume from; without a value, the last one in the output folder.",
             "nargs": "?",
             "const": "last",
         },
@@ -119,13 +116,13 @@ class RunArguments:
 
 
 def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `from_pretrained` and the config of a new model need to be told about attention.
+    """The attention options for `from_pretrained`, or for the config of a new model.
 
     Args:
-        values (`Mapping[str, Any]`): those of [`ModelArguments`], and the fields of [`AttentionDropConfig`] given.
+        values (`Mapping[str, Any]`): fields of [`ModelArguments`], and those of [`AttentionDropConfig`] that were set.
 
     Raises:
-        ValueError: for values out of range, and for a configuration that the attention would ignore.
+        ValueError: if a value is out of range, or the attention would ignore a setting.
     """
     name, reweighting = values["attn_implementation"], values["attention_reweighting"]
     drop = {field_: values[field_] for field_ in ATTENTION_DROP_FIELDS if field_ in values}
@@ -134,15 +131,15 @@ def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
         flags = ", ".join(f"--{field_}" for field_ in drop)
         raise ValueError(
             f"{flags}: settings of AttentionDrop need --attn_implementation {ATTENTION_DROP} or one of "
-            f"{', '.join(LEARNED_METHODS)}, got {name}, where they would have no effect. Leave them out, or name one "
+            f"{', '.join(LEARNED_METHODS)}, got {name}, where they would have no effect. Leave them out, or pass one "
             "of those."
         )
     options = {"attn_implementation": name, "attention_drop": AttentionDropConfig(**drop) if is_dropping else None}
     if reweighting is not None:
         if name not in LEARNED_METHODS:
             raise ValueError(
-                f"--attention_reweighting configures {', '.join(LEARNED_METHODS)}, and --attn_implementation is "
-                f"{name}, which learns nothing. Name one of them, or leave the configuration out."
+                f"--attention_reweighting configures {', '.join(LEARNED_METHODS)}, but --attn_implementation is "
+                f"{name}, which has no learned parameters. Pass one of them, or leave the configuration out."
             )
         try:
             options["attention_reweighting"] = LEARNED_METHODS[name].from_dict(yaml.safe_load(reweighting))
@@ -154,17 +151,17 @@ def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Finds what a file of arguments sets for another method than the one that the command line names.
+    """Finds the settings in a file of arguments that belong to another method than the one on the command line.
 
-    A file describes a run with its own method, so that the same file with another method on the command line must not
-    train both. Settings on the command line always apply, and so combine methods on purpose, as one file does.
+    A file describes a run with one method, so using it with another method on the command line must not train both.
+    To combine methods on purpose, set both on the command line, or both in the file.
 
     Args:
         of_file (`Mapping[str, Any]`): the values given in the file.
         typed (`Mapping[str, Any]`): the values given on the command line.
 
     Returns:
-        `dict[str, list[str]]`: flag on the command line to the names of what it makes inapplicable in the file.
+        `dict[str, list[str]]`: flag on the command line to the settings in the file that it overrides.
 
     Example:
 
@@ -174,7 +171,7 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
     groups: dict[str, set[str]] = {}
     old, new = (values.get("attn_implementation", ATTENTION_DROP) for values in (of_file, {**of_file, **typed}))
     if new != old:
-        # AttentionDrop alone is what remains of a learned method that it perturbs.
+        # From a learned method combined with AttentionDrop to AttentionDrop alone, its settings stay.
         drop = set() if new == ATTENTION_DROP else set(ATTENTION_DROP_FIELDS)
         groups["attn_implementation"] = {"attention_reweighting"} | drop
     default = AttentionDropConfig().variant
@@ -186,14 +183,14 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
 
 
 def check_at_least_one(arguments: Any, *names: str) -> None:
-    """Refuses counts below 1, some of which would show only when the trained model is evaluated.
+    """Checks that counts are at least 1 before training; some would fail only in the final evaluation.
 
     Args:
-        arguments: the dataclass that holds them.
-        names (`str`): of the arguments; `None` is not checked.
+        arguments: dataclass with the counts.
+        names (`str`): their fields; `None` values are not checked.
 
     Raises:
-        ValueError: naming the flag and what was given.
+        ValueError: if one is below 1.
     """
     for name in names:
         value = getattr(arguments, name)
@@ -202,15 +199,15 @@ def check_at_least_one(arguments: Any, *names: str) -> None:
 
 
 def check_path(flag: str, name: str | None, is_local: bool = False) -> None:
-    """Refuses a path with nothing at it.
+    """Checks that a path exists.
 
     Args:
-        flag (`str`): the flag that gave it.
-        name (`str`, *optional*): a path, or where `is_local` is false perhaps the name of something on the Hub.
-        is_local (`bool`, defaults to `False`): whether it can only be a path.
+        flag (`str`): flag that set it.
+        name (`str`, *optional*): a path or, unless `is_local`, possibly a name on the Hub.
+        is_local (`bool`, defaults to `False`): whether it must be a local path.
 
     Raises:
-        FileNotFoundError: if it can only be a path, and nothing is there.
+        FileNotFoundError: if it must be a local path and nothing is there.
     """
     if name is None or Path(name).exists():
         return

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which to continue from, which to delete, and how they get back into the model."""
+"""Checkpoints of a run: finding, deleting and loading them."""
 
 import json
 import shutil
@@ -12,25 +12,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
-    """Finds the checkpoint that `--resume_from_checkpoint` asks for.
+    """Finds the checkpoint of `--resume_from_checkpoint`.
 
     Returns:
-        `str`, *optional*: the checkpoint folder; `None` if none is asked for.
+        `str`, *optional*: the checkpoint folder; `None` without the flag.
 
     Raises:
-        ValueError: if it is not there, or incomplete.
+        ValueError: if it does not exist or is incomplete.
     """
-    asked = arguments.resume_from_checkpoint
-    if asked is None:
+    requested = arguments.resume_from_checkpoint
+    if requested is None:
         return None
-    if asked == "last":
-        place, checkpoint = arguments.output_dir, last_checkpoint(arguments.output_dir)
+    if requested == "last":
+        location, checkpoint = arguments.output_dir, last_checkpoint(arguments.output_dir)
     else:
-        place, checkpoint = asked, asked if _is_complete(Path(asked)) else None
+        location, checkpoint = requested, requested if _is_complete(Path(requested)) else None
     if checkpoint is None:
         raise ValueError(
-            f"--resume_from_checkpoint: expected a folder with a complete checkpoint, found none in {place}. Without "
-            "the flag the run starts from the beginning."
+            f"--resume_from_checkpoint: expected a folder with a complete checkpoint, found none in {location}. "
+            "Without the flag the run starts from the beginning."
         )
     return checkpoint
 
@@ -43,14 +43,14 @@ def last_checkpoint(folder: str) -> str | None:
 
 
 def step_of(checkpoint: str | None) -> int:
-    """The number of optimizer steps that a checkpoint was saved after; 0 without one."""
+    """The optimizer step at which a checkpoint was saved; 0 for `None`."""
     if checkpoint is None:
         return 0
     return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer state, which is written last, is all there: a run may be killed while it saves."""
+    """Whether the trainer state, which is written last, is complete: a run may be killed while saving."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def delete_checkpoints(folder: str) -> None:
-    """Deletes the checkpoints of an earlier run, which the new run would otherwise take for its own."""
+    """Deletes the checkpoints of an earlier run, which the new run would otherwise resume from or rotate."""
     for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(checkpoint)
 
@@ -67,9 +67,9 @@ def delete_checkpoints(folder: str) -> None:
 def accept_saved_weights(model: PreTrainedModel) -> None:
     """Lets `load_state_dict` take weights as `save_pretrained` writes them.
 
-    Transformers saves some models, ViT among them, in the layout of the Hub, which differs from that in memory.
-    `from_pretrained` converts it back; the Trainer, when it resumes or loads the best checkpoint, does not: it would
-    warn that the weights do not fit and carry on with those it has.
+    Transformers saves some models, such as ViT, in the layout of the Hub, which differs from the layout in memory.
+    `from_pretrained` converts it back. The Trainer does not when it resumes or loads the best checkpoint: it would
+    warn about unexpected keys and keep the weights in memory.
     """
     model.register_load_state_dict_pre_hook(_convert_saved_weights)
 

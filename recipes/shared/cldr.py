@@ -1,4 +1,4 @@
-"""English text with its German translation that is everywhere: what the CLDR data that ships in Babel writes."""
+"""English-German text that needs no download: dates, amounts and lists, formatted with the CLDR data in Babel."""
 
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -23,13 +23,13 @@ EVERYDAY = ("area", "duration", "length", "mass", "speed", "temperature", "volum
 
 
 def cldr_pairs(source_column: str, target_column: str) -> Dataset:
-    """English and German dates, quantities, amounts of money and lists of territories, as the CLDR writes them.
+    """English and German dates, quantities, amounts of money and lists of territories, as the CLDR formats them.
 
-    Each date, number and set of territories is in one pair only. So whichever pairs are held out, what they say is
-    new: the words and the patterns have to be learned, and cannot be recalled together.
+    Each date, number and set of territories occurs in one pair only, so no held-out pair can be recalled from
+    training: the model must learn the words and the patterns.
     """
-    draw = Random(SPLIT_SEED)
-    phrases = [*_dates(draw), *_amounts(draw), *_territories(draw)]
+    rng = Random(SPLIT_SEED)
+    phrases = [*_dates(rng), *_amounts(rng), *_territories(rng)]
     return Dataset.from_dict(
         {
             source_column: [phrase(locale=ENGLISH) for phrase in phrases],
@@ -38,7 +38,7 @@ def cldr_pairs(source_column: str, target_column: str) -> Dataset:
     )
 
 
-def _dates(draw: Random) -> Iterator[Callable[..., str]]:
+def _dates(rng: Random) -> Iterator[Callable[..., str]]:
     styles = (
         partial(format_date, format="full"),
         partial(format_date, format="long"),
@@ -46,32 +46,32 @@ def _dates(draw: Random) -> Iterator[Callable[..., str]]:
         lambda day, locale: format_skeleton("yMMMEd", day, locale=locale),
     )
     days = range(date(1925, 1, 1).toordinal(), date(2075, 1, 1).toordinal())
-    for day in draw.sample(days, DATES):
-        yield partial(draw.choice(styles), date.fromordinal(day))
+    for day in rng.sample(days, DATES):
+        yield partial(rng.choice(styles), date.fromordinal(day))
 
 
-def _amounts(draw: Random) -> Iterator[Callable[..., str]]:
+def _amounts(rng: Random) -> Iterator[Callable[..., str]]:
     units = sorted(unit for unit in GERMAN.unit_display_names if unit.startswith(EVERYDAY))
     in_use = {code for territory in ENGLISH.territories for code in get_territory_currencies(territory)}
-    # With two decimals, no amount is rounded to another one.
+    # Two decimals, so that no two amounts are rounded to the same one.
     currencies = sorted(code for code in in_use if code in GERMAN.currencies and get_currency_precision(code) == 2)
-    # The numbers differ before the decimal point, and so in every way of writing them.
-    for whole in draw.sample(range(20_000), AMOUNTS):
-        decimals = draw.randrange(3)
-        number = whole + Decimal(draw.randrange(10**decimals)).scaleb(-decimals)
-        if draw.random() < 0.5:
-            yield partial(format_unit, number, draw.choice(units))
+    # The integer parts differ, and so do the numbers in every format.
+    for whole in rng.sample(range(20_000), AMOUNTS):
+        decimals = rng.randrange(3)
+        number = whole + Decimal(rng.randrange(10**decimals)).scaleb(-decimals)
+        if rng.random() < 0.5:
+            yield partial(format_unit, number, rng.choice(units))
         else:
-            yield partial(format_currency, number, draw.choice(currencies), format_type="name")
+            yield partial(format_currency, number, rng.choice(currencies), format_type="name")
 
 
-def _territories(draw: Random) -> Iterator[Callable[..., str]]:
+def _territories(rng: Random) -> Iterator[Callable[..., str]]:
     codes = sorted(ENGLISH.territories.keys() & GERMAN.territories.keys())
-    drawn: set[frozenset[str]] = set()
-    while len(drawn) < LISTS:
-        chosen = draw.sample(codes, draw.choice((2, 3)))
-        if frozenset(chosen) not in drawn:
-            drawn.add(frozenset(chosen))
+    sampled: set[frozenset[str]] = set()
+    while len(sampled) < LISTS:
+        chosen = rng.sample(codes, rng.choice((2, 3)))
+        if frozenset(chosen) not in sampled:
+            sampled.add(frozenset(chosen))
             yield partial(_list_territories, chosen)
 
 

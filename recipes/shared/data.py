@@ -1,4 +1,4 @@
-"""Where a recipe's data comes from, and the checks that it is what the recipe needs."""
+"""Loading and checking the data of a recipe."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,13 @@ from hf_attentiondrop.evaluation.reading import check_all_labelled, check_column
 from .arguments import check_at_least_one, check_path
 
 
-# The held-out samples and the subsets stay the same whatever --seed is, so that runs can be compared.
+# Held-out samples and subsets do not depend on --seed, so that runs can be compared.
 SPLIT_SEED = 0
 
 
 @dataclass
 class DatasetArguments:
-    """Which data to train and evaluate on; each recipe adds its local files and its columns."""
+    """The data to train and evaluate on; each recipe adds its local files and columns."""
 
     _argument_group_name = "data"
 
@@ -28,26 +28,26 @@ class DatasetArguments:
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     validation_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on; by default validation, or where it is missing a held-out share."},
+        metadata={"help": "Split to evaluate on; by default validation, or a held-out share of the training split."},
     )
     validation_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the training split to hold out where there is no validation split."}
+        default=0.2, metadata={"help": "Share of the training split to hold out if there is no validation split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many samples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many samples."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training samples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of evaluation samples."})
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "max_train_samples", "max_eval_samples")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
-    """Loads the data set that `--dataset_name` names.
+    """Loads the data set of `--dataset_name`.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train`, and `validation` where there is such a split.
+        [`~datasets.DatasetDict`]: `train`, and `validation` if there is such a split.
 
     Raises:
-        ValueError: if there is no such data set, or no such split in it.
+        ValueError: if the data set or the split does not exist.
     """
     check_path("--dataset_name", arguments.dataset_name)
     name = arguments.dataset_name
@@ -68,13 +68,13 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
     """Loads local files.
 
     Args:
-        builder (`str`): how to read them, such as `"imagefolder"`.
+        builder (`str`): name of the `datasets` builder, such as `"imagefolder"`.
         files (`dict[str, str | None]`):
-            Flag to path or pattern, first of the files to train on, then of those to evaluate on.
+            Flag to path or pattern, first of the training files, then of the evaluation files.
         options: further arguments of [`~datasets.load_dataset`].
 
     Raises:
-        ValueError: if a split has nothing that can be read so.
+        ValueError: if a split cannot be read.
     """
     given = {flag: path for flag, path in files.items() if path is not None}
     splits = dict(zip(("train", "validation"), given.values(), strict=False))
@@ -82,7 +82,7 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
         with naming_flag(" and ".join(given)):
             return load_splits(", ".join(splits.values()), builder, data_files=splits, **options)
     except ValueError:
-        # Which of them it is shows only where each is loaded by itself.
+        # Loading them one by one raises the error of the broken one.
         for flag, path in given.items():
             with naming_flag(flag):
                 load_splits(path, builder, data_files=path, **options)
@@ -90,14 +90,14 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
 
 
 def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
-    """Refuses a column that a split does not have.
+    """Checks that every split has the columns.
 
     Args:
         data ([`~datasets.DatasetDict`]): the splits.
-        columns (`dict[str, str]`): flag that names a column, to the column.
+        columns (`dict[str, str]`): flag to the column that it names.
 
     Raises:
-        ValueError: naming the flag and the columns there are.
+        ValueError: if a column is missing.
     """
     for split, dataset in data.items():
         for flag, column in columns.items():
@@ -106,12 +106,12 @@ def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
 
 
 def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
-    """Makes the labels class numbers, the same in every split, and checks that each class can be learned.
+    """Encodes labels as class indices, the same in every split, and checks that each class can be learned.
 
     Raises:
-        ValueError: if the labels are no classes, some are missing, or a split has a class that training has not.
+        ValueError: if labels are not classes, some are missing, or a class occurs in no training sample.
     """
-    # First of all, since whole numbers of which one is missing may come as broken ones.
+    # First, because a missing label turns a column of integers into floats.
     for split, dataset in data.items():
         with naming_flag("--label_column"):
             check_all_labelled(dataset, column, f"the {split} data")
@@ -119,7 +119,7 @@ def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
     if not isinstance(feature, ClassLabel):
         if not isinstance(feature, Value) or "float" in feature.dtype:
             raise ValueError(f"expected class names or numbers as labels, the column {column!r} holds {feature}.")
-        # By name, because a number in the data need not be the number of its class.
+        # By name, because integers in the data need not be class indices.
         data = data.cast_column(column, Value("string"))
         names = sorted({name for dataset in data.values() for name in dataset.unique(column)})
         data = data.cast_column(column, ClassLabel(names=names))
@@ -128,14 +128,14 @@ def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
     for split, found in labels.items():
         unseen = sorted(names[label] for label in found - labels["train"])
         if unseen:
-            raise ValueError(f"the {split} data has classes that the training data has not: {', '.join(unseen)}.")
+            raise ValueError(f"the {split} data has classes that are not in the training data: {', '.join(unseen)}.")
     if len(labels["train"]) < 2:
         raise ValueError(f"expected at least two classes in {column!r}, the training data has {len(labels['train'])}.")
     return data
 
 
 def hold_out(data: DatasetDict, arguments: DatasetArguments, stratify_by_column: str | None = None) -> DatasetDict:
-    """Completes the data: holds out a validation split where there is none, and takes the subsets asked for."""
+    """Holds out a validation split if there is none, and limits the number of samples."""
     if "validation" not in data:
         parts = data["train"].train_test_split(
             arguments.validation_fraction, seed=SPLIT_SEED, stratify_by_column=stratify_by_column
@@ -148,5 +148,5 @@ def hold_out(data: DatasetDict, arguments: DatasetArguments, stratify_by_column:
 def _subset(dataset: Dataset, limit: int | None) -> Dataset:
     if limit is None or limit >= len(dataset):
         return dataset
-    # Files come sorted by class: the first ones alone would be of a single class.
+    # Files are sorted by class, so the first ones would all be of one class.
     return dataset.shuffle(seed=SPLIT_SEED).select(range(limit))

@@ -1,4 +1,4 @@
-"""English text that is everywhere: the language reference that ships inside CPython, in `pydoc_data.topics`."""
+"""English text that needs no download: the language reference inside CPython, in `pydoc_data.topics`."""
 
 import re
 import textwrap
@@ -8,20 +8,20 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 
 DOCUMENTATION = "Python's own documentation"
-# Passages are compared by the runs of so many words that they hold.
-RUN_LENGTH = 5
-# What a topic needs to be a class: so many passages, each long enough to tell where it comes from.
+# Passages are compared by their word n-grams.
+NGRAM_LENGTH = 5
+# A topic is a class if it has enough passages that are long enough to be recognized.
 MIN_PASSAGES = 40
 MIN_WORDS = 12
 
 
 def documentation_text() -> Dataset:
-    """All of the documentation: a passage per row, in the column `text`."""
+    """The whole documentation: one passage per row, in the column `text`."""
     return Dataset.from_dict({"text": [passage for passages in documentation().values() for passage in passages]})
 
 
 def documentation_topics() -> Dataset:
-    """The larger topics: a passage per row, in the columns `text` and `label`, its topic."""
+    """The larger topics: one passage per row, with its topic, in the columns `text` and `label`."""
     long = {
         topic: [passage for passage in passages if len(_words(passage)) >= MIN_WORDS]
         for topic, passages in documentation().items()
@@ -34,35 +34,35 @@ def documentation_topics() -> Dataset:
 
 
 def documentation() -> dict[str, list[str]]:
-    """The passages of each topic, none of them twice.
+    """The passages of each topic, without near-duplicates.
 
-    Topics quote each other, some as a whole, and passages about similar things are often worded alike. So of passages
-    that share most of their wording one is kept, that of the largest topic, and topics of which little is left
-    are dropped. Split afterwards, nothing held out is to be found in what a model was trained on.
+    Topics quote each other, some entirely, and passages about similar subjects often share their wording. Of passages
+    that share most n-grams only the one in the largest topic is kept, and topics that lose most passages are dropped.
+    So a split of the result has no held-out text in the training data.
 
     Returns:
-        `dict[str, list[str]]`: topic to its passages, which are what stands between empty lines.
+        `dict[str, list[str]]`: topic to its passages, which empty lines separate.
     """
     kept: dict[str, list[str]] = {}
     seen: set[tuple[str, ...]] = set()
     for topic, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         passages = [textwrap.dedent(passage) for passage in re.split(r"\n\s*\n", text.strip("\n"))]
         new = []
-        # The longest first, so that a passage within another is the one that goes.
+        # Longest first, so that a passage inside another one is the one that is dropped.
         for passage in sorted(passages, key=len, reverse=True):
-            runs = word_runs(passage)
-            if len(runs & seen) < len(runs) / 2:
+            ngrams = word_ngrams(passage)
+            if len(ngrams & seen) < len(ngrams) / 2:
                 new.append(passage)
-            seen |= runs
+            seen |= ngrams
         if len(new) > len(passages) / 2:
             kept[topic] = new
     return kept
 
 
-def word_runs(passage: str) -> set[tuple[str, ...]]:
-    """All runs of [`RUN_LENGTH`] words of a passage, without regard to case and punctuation; of a shorter one, it."""
+def word_ngrams(passage: str) -> set[tuple[str, ...]]:
+    """The n-grams of [`NGRAM_LENGTH`] words of a passage, without case and punctuation; a shorter one is an n-gram."""
     words = _words(passage)
-    return {tuple(words[start : start + RUN_LENGTH]) for start in range(max(1, len(words) - RUN_LENGTH + 1))}
+    return {tuple(words[start : start + NGRAM_LENGTH]) for start in range(max(1, len(words) - NGRAM_LENGTH + 1))}
 
 
 def _words(passage: str) -> list[str]:

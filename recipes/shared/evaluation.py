@@ -1,4 +1,4 @@
-"""What a recipe measures of the trained model beside the Trainer's own evaluation."""
+"""Measurements of the trained model in addition to the Trainer's evaluation."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +16,15 @@ from .arguments import check_at_least_one
 
 @dataclass
 class EvaluationArguments:
-    """What to measure at the end, beside accuracy, calibration and attention."""
+    """Optional measurements at the end, in addition to accuracy, calibration and attention."""
 
     _argument_group_name = "evaluation"
 
     evaluate_robustness: bool = field(
-        default=False, metadata={"help": "Attack the trained model by FGSM and PGD and report its robust accuracy."}
+        default=False, metadata={"help": "Attack the trained model with FGSM and PGD and report its robust accuracy."}
     )
     robustness_samples: int = field(
-        default=200, metadata={"help": "How many of the held-out samples to attack; each takes about 100 passes."}
+        default=200, metadata={"help": "Number of held-out samples to attack; each takes about 100 passes."}
     )
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class EvaluationArguments:
 
 
 class LastEvaluation(TrainerCallback):
-    """Keeps the metrics of the Trainer's last evaluation during training, and the step that it was at."""
+    """Keeps the metrics and the step of the Trainer's last evaluation during training."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
@@ -45,11 +45,11 @@ class LastEvaluation(TrainerCallback):
 
 
 def final_evaluation(trainer: Trainer, last: LastEvaluation) -> dict[str, float]:
-    """The metrics of the trained model: those of the last evaluation where it was of these weights, or else new ones.
+    """The metrics of the trained model. The last evaluation during training is reused if it measured these weights.
 
     Args:
-        trainer ([`~transformers.Trainer`]): after training, or without it.
-        last ([`LastEvaluation`]): one of its callbacks.
+        trainer ([`~transformers.Trainer`]): after training, or without any.
+        last ([`LastEvaluation`]): its callback.
     """
     state = trainer.state
     kept = state.best_global_step if trainer.args.load_best_model_at_end else None
@@ -63,7 +63,7 @@ def measure_classifier(
 ) -> ClassifierEvaluation:
     """Measures the trained classifier on the held-out data.
 
-    Every process measures all of it, since a model that is sharded among them runs only if they all run it.
+    Every process measures all of it, because a sharded model runs only if all processes run it.
     """
     return evaluate_classifier(
         trainer.model,
@@ -75,12 +75,12 @@ def measure_classifier(
 
 
 def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:
-    """Measures how the trained model attends, on some of the held-out data."""
+    """Measures attention statistics of the trained model on some of the held-out data."""
     return attention_statistics(trainer.model, first_samples(held_out_batches(trainer), ATTENTION_SAMPLES))
 
 
 def held_out_batches(trainer: Trainer) -> DataLoader[Any]:
-    """The held-out data, whole on every process, in random order: files come sorted by class, and attacks and
-    attention are measured on the first samples."""
+    """The whole held-out data on every process, in random order: files are sorted by class, and attacks and attention
+    are measured on the first samples."""
     dataset = trainer.eval_dataset.shuffle(seed=trainer.args.seed)
     return DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)

@@ -1,4 +1,4 @@
-"""The check that all images of a recipe can be read."""
+"""Checks that all images can be read."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,17 +17,17 @@ CHUNK = 64
 
 
 def check_images(data: DatasetDict, column: str, channels: int) -> None:
-    """Reads every image once, so that a broken one is found now and not hours into the training.
+    """Reads every image once, so that a broken one is found before training.
 
-    Each process reads its share, and all of them learn of what one has found.
+    Each process reads its share, and all raise the first error.
 
     Args:
-        data ([`~datasets.DatasetDict`]): the splits, with images as they are stored.
-        column (`str`): of images.
-        channels (`int`): those of the model.
+        data ([`~datasets.DatasetDict`]): the splits, with encoded images.
+        column (`str`): column of the images.
+        channels (`int`): number of channels of the model.
 
     Raises:
-        ValueError: naming the first image that cannot be read.
+        ValueError: if an image cannot be read.
     """
     errors = gather_object([error for split in data if (error := _find_broken(data[split], split, column, channels))])
     if errors:
@@ -44,7 +44,7 @@ def _find_broken(dataset: Dataset, split: str, column: str, channels: int) -> st
         with naming_flag("--image_column"):
             read_value(read, dataset[number][column], column, number, f"the {split} data, row")
 
-    # Decoding leaves the interpreter to other threads.
+    # Decoding releases the GIL.
     with ThreadPoolExecutor() as threads, tqdm(total=len(numbers), desc=f"Checking {split} images") as progress:
         for start in range(0, len(numbers), CHUNK):
             try:

@@ -1,4 +1,4 @@
-"""LoRA: adapters of a language model, trained instead of its weights."""
+"""LoRA adapters for the language modeling recipe."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,20 +16,26 @@ class LoraArguments:
     _argument_group_name = "LoRA"
 
     use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters of the model instead of its weights."}
+        default=False, metadata={"help": "Train LoRA adapters instead of the weights of the model."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, which is divided by the rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on what the adapters read."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, divided by the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout probability of the inputs of the adapters."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt; by default those PEFT has for the model."}
+        default=None,
+        metadata={"help": "Names of the modules to adapt; by default those that PEFT chooses for the model."},
     )
 
 
 def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:
-    """Refuses to adapt a model that is not there, or one that would not bring what the adapter trains."""
+    """Checks that there is a base model, and that it has the learned attention weights that the adapter trains.
+
+    Raises:
+        ValueError: if either is missing.
+        FileNotFoundError: if the base is a local path and nothing is there.
+    """
     if not arguments.model_name_or_path:
-        raise ValueError("--use_peft adapts a trained model, and one from scratch is not: add --model_name_or_path.")
+        raise ValueError("--use_peft adapts a pretrained model: add --model_name_or_path.")
     check_path("--model_name_or_path", arguments.model_name_or_path)
     method = attention["attn_implementation"]
     if (
@@ -37,15 +43,16 @@ def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:
         and not AutoConfig.from_pretrained(arguments.model_name_or_path).attention_reweighting
     ):
         raise ValueError(
-            f"--use_peft trains the learned weights of {method} beside the adapter, and PEFT would load that adapter "
-            f"on {arguments.model_name_or_path}, which has none, without them. Save a base that has them first: "
+            f"--use_peft trains the learned weights of {method} together with the adapter, but "
+            f"{arguments.model_name_or_path} has none, so PEFT would load the adapter without them. Save a base that "
+            "has them first: "
             f'AutoModelForCausalLM.from_pretrained("{arguments.model_name_or_path}", '
             f'attn_implementation="{method}").save_pretrained("base").'
         )
 
 
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
-    """Freezes the model and puts LoRA adapters beside its weights; what attention learns is trained with them."""
+    """Freezes the model and adds LoRA adapters; learned attention weights are trained with them."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,

@@ -86,7 +86,7 @@ def from_scratch(model_class: Any, arguments: ModelArguments, config: PreTrained
 
 
 def _prepared(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
-    """Sets the kernel, and checks that the dropout asked for acts: some models ignore the one in their config."""
+    """Sets the kernel, and checks that the dropout has an effect: some models ignore the one in their config."""
     if max(arguments.dropout or 0, arguments.attention_dropout or 0) > 0 and not has_dropout(model):
         raise ValueError(
             f"--dropout: {type(model).__name__} ignores the dropout in its config, so the flag would have no effect. "

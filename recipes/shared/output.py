@@ -1,4 +1,4 @@
-"""The output folder of a recipe: what may be in it before the run, and the record that the run leaves in it."""
+"""The output folder of a recipe: the check before the run, and the record that the run writes."""
 
 import json
 import platform
@@ -25,21 +25,21 @@ from .parser import RecipeParser
 
 
 RUN_FILE = "run.yaml"
-# Locked by the run that writes into the folder. What begins so is not uploaded.
+# Locked by the run that writes into the folder. Names with a leading underscore are not uploaded.
 LOCK_FILE = "_lock"
 NESTED_METRICS = ("calibration", "robustness", "attention")
-# How a run was started, and on what, is no part of what it computes.
+# Arguments that do not change the result of a run.
 NOT_IN_RUN_FILE = ("config", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu", "hub_token")
 
 
 def check_output_dir(arguments: TrainingArguments) -> str | None:
-    """Checks that the run may write into its output folder, and finds the checkpoint to continue from.
+    """Checks that the run may write into its output folder, and finds the checkpoint to resume from.
 
     Returns:
         `str`, *optional*: the checkpoint folder.
 
     Raises:
-        ValueError: if there is no checkpoint, or the folder holds something and the arguments do not say to go on.
+        ValueError: if the checkpoint is missing, or the folder is not empty and the run does not resume in it.
     """
     folder = Path(arguments.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -49,10 +49,10 @@ def check_output_dir(arguments: TrainingArguments) -> str | None:
     is_free = not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir())
     if not (is_free or is_continued or arguments.overwrite_output_dir):
         raise ValueError(
-            f"--output_dir: {folder} is not empty, and the run would overwrite what is in it. Name another folder, "
+            f"--output_dir: {folder} is not empty, and the run would overwrite its files. Pass another folder, "
             "or add --overwrite_output_dir, or --resume_from_checkpoint to continue the run in it."
         )
-    # The first process must not write before the last one has looked.
+    # The first process must not write before all have checked.
     arguments.distributed_state.wait_for_everyone()
     return checkpoint
 
@@ -61,7 +61,7 @@ def write_record(parser: RecipeParser, folder: str, metrics: Mapping[str, Any]) 
     """Writes `metrics.json`, and `run.yaml` with the arguments that reproduce the run."""
     record = {**metrics, "versions": _versions()}
     (Path(folder) / METRICS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    # Every argument of the recipe, and of Transformers' many those that differ from its defaults.
+    # All arguments of the recipe, and those of Transformers that differ from its defaults.
     defaults = vars(HfArgumentParser(TrainingArguments).parse_args([]))
     values = {
         name: list(value) if isinstance(value, tuple) else value
@@ -82,17 +82,17 @@ def finish(
     evaluation: ClassifierEvaluation | None = None,
     attention: Mapping[str, AttentionStatistics] | None = None,
 ) -> None:
-    """Ends a run: writes metrics, plots and the model card, prints the results, and uploads it all where asked to.
+    """Finishes a run: writes metrics, plots and the model card, prints the results, and uploads with `--push_to_hub`.
 
     Args:
         trainer ([`~transformers.Trainer`]): of the run.
         parser ([`RecipeParser`]): with the arguments of the run.
         title (`str`): of the printed table.
-        data (`str`): the data of the run without arguments, in words.
-        metrics (`dict[str, Any]`): what was measured.
-        results (`Mapping[str, str]`): the same for the table.
+        data (`str`): description of the built-in data.
+        metrics (`dict[str, Any]`): all metrics.
+        results (`Mapping[str, str]`): rows of the printed table.
         evaluation ([`ClassifierEvaluation`], *optional*): of a classifier.
-        attention (`Mapping[str, AttentionStatistics]`, *optional*): of a model that is none.
+        attention (`Mapping[str, AttentionStatistics]`, *optional*): of any other model.
     """
     folder = trainer.args.output_dir
     if evaluation is not None:
@@ -114,12 +114,12 @@ def finish(
         trainer.create_model_card(**card)
         print_results(title, results, folder)
     if trainer.args.push_to_hub:
-        with parser.refusing_bad_input():
+        with parser.exiting_on_bad_input():
             trainer.push_to_hub(**card)
 
 
 def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
-    """What the model card says of the data: its id on the Hub, or in words what it is."""
+    """The data in the model card: its id on the Hub, or a description."""
     name = values["dataset_name"]
     if name is not None and not Path(name).exists():
         return {
@@ -127,7 +127,7 @@ def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
             "dataset_args": values["dataset_config_name"],
             "dataset_split": values["validation_split"],
         }
-    # Of a path only the name: the rest is about this machine.
+    # Only the last part of a path: the rest is specific to the machine.
     train, validation = (
         Path(local).resolve().name if local else None
         for local in (
@@ -139,7 +139,7 @@ def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
 
 
 def describe_attention(model: PreTrainedModel) -> str:
-    """What was done to the model's attention, in one line."""
+    """Describes the methods that ran on the attention of the model, in one line."""
     rows = hf_attentiondrop.report(model).rows
     active = [row for row in rows if row.applied]
     learned = [row for row in rows if row.reweighting]
@@ -153,7 +153,7 @@ def describe_attention(model: PreTrainedModel) -> str:
 
 
 def print_results(title: str, results: Mapping[str, str], folder: str) -> None:
-    """Prints a small table: the results, and where to find what the run wrote."""
+    """Prints a table of the results and of the files that the run wrote."""
     written = {
         "model": Path(folder, SAFE_WEIGHTS_NAME),
         "adapter": Path(folder, ADAPTER_SAFE_WEIGHTS_NAME),

@@ -1,4 +1,4 @@
-"""The parser of a recipe: dataclasses as flags, a YAML file under them, and errors of one line."""
+"""The argument parser of a recipe: dataclasses as flags, defaults in a YAML file, and one-line errors."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ from hf_attentiondrop.methods.method import Perturbation
 from .arguments import attention_options, settings_left_out
 
 
-# What transformers, datasets and torch raise for a path, a name or a value that the user got wrong.
+# Raised by transformers, datasets and torch for a wrong path, name or value.
 BAD_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 NOT_GIVEN = object()
 
@@ -36,8 +36,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 class RecipeParser(HfArgumentParser):
     """[`~transformers.HfArgumentParser`] for a recipe.
 
-    Adds the fields of [`AttentionDropConfig`] as flags, and `--config` with a YAML file of flags, which those on the
-    command line override. Whatever is wrong ends in one line on stderr and exit code 2.
+    Adds the fields of [`AttentionDropConfig`] as flags, and `--config`, a YAML file of arguments that flags on the
+    command line override. Every error is one line on stderr, with exit code 2.
 
     Args:
         description (`str`): text for `--help`, usually the recipe's docstring.
@@ -65,7 +65,7 @@ class RecipeParser(HfArgumentParser):
             options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
             if get_args(hint) == (int, float):
                 options = {"type": number}
-            # Only flags that were given are among the values: that turns AttentionDrop on beside a learned method.
+            # Only flags that were passed are among the values: they combine AttentionDrop with a learned method.
             help_ = f"{helps[field_.name]} (default: {field_.default})"
             group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
 
@@ -74,22 +74,22 @@ class RecipeParser(HfArgumentParser):
         argv: Sequence[str] | None = None,
         defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
     ) -> tuple[Any, ...]:
-        """Reads the flags over the YAML file over the defaults.
+        """Parses the arguments: flags override the YAML file, which overrides the defaults.
 
-        What the file sets of a method does not apply where a flag on the command line names another method, see
-        [`settings_left_out`]; that is said on stderr.
+        If a flag on the command line selects another method than the file, the settings of the method in the file do
+        not apply, see [`settings_left_out`]; a note on stderr says so.
 
         Args:
-            argv (`Sequence[str]`, *optional*): the flags; those of the process by default.
+            argv (`Sequence[str]`, *optional*): the flags; by default those of the process.
             defaults (`Callable`, *optional*):
-                Gives, for the values read, defaults that depend on them; they stand below the file and the flags.
+                Returns defaults that depend on the parsed values. The file and the flags override them.
 
         Returns:
-            `tuple`: one object per dataclass, then the [`attention_options`]. The plain values stay in `values`, and
-            the names of those that a flag or the file gave in `given`.
+            `tuple`: one object per dataclass, then the [`attention_options`]. The attribute `values` has all plain
+            values, and `given` the names of those that a flag or the file set.
 
         Raises:
-            SystemExit: with code 2, for anything that is wrong.
+            SystemExit: with code 2, for any error.
         """
         typed = list(sys.argv[1:] if argv is None else argv)
         typed_values = self._given(typed)
@@ -99,15 +99,15 @@ class RecipeParser(HfArgumentParser):
         if left_out := settings_left_out(file_values, typed_values):
             self.note(
                 f"{' and '.join(f'--{name} {typed_values[name]}' for name in left_out)}: the settings of --config "
-                f"{path} for another method do not apply: {', '.join(chain.from_iterable(left_out.values()))}. Type "
-                "those that are to apply."
+                f"{path} for another method do not apply: {', '.join(chain.from_iterable(left_out.values()))}. Pass "
+                "them as flags to apply them."
             )
         from_file = {name: flags for name, flags in from_file.items() if name not in chain(*left_out.values())}
         flags = [*chain.from_iterable(from_file.values()), *typed]
         self.given = {*from_file, *typed_values}
         self.set_defaults(**defaults(self._read(flags)))
         self.values = self._read(flags)
-        with self.refusing_bad_input():
+        with self.exiting_on_bad_input():
             attention = attention_options(self.values)
             arguments = self.parse_dict(self.values, allow_extra_keys=True)
         if attention["attention_drop"] is not None:
@@ -115,15 +115,15 @@ class RecipeParser(HfArgumentParser):
         return (*arguments, attention)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2 and one line on stderr, see [`RecipeParser.stop`]."""
+        """Exits with code 2 and one line on stderr, see [`RecipeParser.stop`]."""
         self.stop(2, f"error: {message}")
 
     def stop(self, code: int, message: str) -> NoReturn:
-        """Ends the process with one line on stderr, of several on a machine from the first only."""
+        """Exits with one line on stderr, printed by the first process of a machine only."""
         self.exit(code, self._line(message))
 
     def note(self, message: str) -> None:
-        """Says on stderr, in one line and once for all processes of a machine, what the user should know."""
+        """Prints a note to stderr, in one line, by the first process of a machine only."""
         print(self._line(f"note: {message}") or "", end="", file=sys.stderr)
 
     def _line(self, message: str) -> str | None:
@@ -131,15 +131,15 @@ class RecipeParser(HfArgumentParser):
         return f"{self.prog}: {' '.join(message.split())}\n" if is_first else None
 
     def cap(self, arguments: Any, name: str, longest: float) -> None:
-        """Lowers the default of an argument to what the model takes, and says so.
+        """Lowers the default of an argument to the limit of the model, with a note.
 
         Args:
-            arguments: the dataclass that holds it.
-            name (`str`): of the argument, which counts tokens.
-            longest (`float`): the most tokens that the model takes.
+            arguments: dataclass with the argument.
+            name (`str`): name of the argument, a number of tokens.
+            longest (`float`): maximum number of tokens of the model.
 
         Raises:
-            ValueError: if a higher value was asked for.
+            ValueError: if a higher value was set explicitly.
         """
         value = getattr(arguments, name)
         if value <= longest:
@@ -151,8 +151,8 @@ class RecipeParser(HfArgumentParser):
         self.note(f"--{name} is {longest}, the most tokens that the model takes, and not {value} as by default.")
 
     @contextmanager
-    def refusing_bad_input(self) -> Iterator[None]:
-        """Turns what a library raises for bad input into [`RecipeParser.error`]."""
+    def exiting_on_bad_input(self) -> Iterator[None]:
+        """Turns exceptions of libraries for bad input into [`RecipeParser.error`]."""
         try:
             yield
         except BAD_INPUT_ERRORS as error:
@@ -160,11 +160,11 @@ class RecipeParser(HfArgumentParser):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """What is done before anything is written: bad input, and Ctrl-C, end in one line; a Hub that does not answer
-        is asked once, and not for half a minute for every file."""
+        """For the code before anything is written: bad input and Ctrl-C exit with one line, and a Hub that does not
+        answer is asked once, instead of half a minute for every file."""
         names = [self.values.get(name) for name in ("model_name_or_path", "dataset_name")]
         try:
-            with self.refusing_bad_input(), ExitStack() as stack:
+            with self.exiting_on_bad_input(), ExitStack() as stack:
                 for name in filter(None, names):
                     stack.enter_context(offline_if_cut_off(name))
                 yield
@@ -172,7 +172,7 @@ class RecipeParser(HfArgumentParser):
             self.stop(130, "interrupted before the training; nothing was written.")
 
     def _given(self, flags: Iterable[str]) -> dict[str, Any]:
-        """The values of those arguments that the flags give."""
+        """The values that the flags set, without defaults."""
         values = self._read(flags, argparse.Namespace(**dict.fromkeys(self._names, NOT_GIVEN)))
         return {name: value for name, value in values.items() if value is not NOT_GIVEN}
 
@@ -188,7 +188,7 @@ class RecipeParser(HfArgumentParser):
         return [action.dest for action in self._actions]
 
     def _flags_of_config(self, path: str | None) -> dict[str, list[str]]:
-        """The contents of the YAML file as flags by their name, so that both are checked by the same rules."""
+        """The contents of the YAML file as flags by name, so that both are checked in the same way."""
         if path is None:
             return {}
         try:
@@ -218,10 +218,10 @@ def number(text: str) -> int | float:
 
 def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{nearest[0]}?" if nearest else " See --help for those there are."
+    return f" Did you mean {prefix}{nearest[0]}?" if nearest else " See --help for all of them."
 
 
 def _documented_arguments(documented: type) -> dict[str, str]:
-    """The descriptions under `Args:` of a docstring in Hugging Face style."""
+    """The descriptions under `Args:` in a docstring in Hugging Face style."""
     entries = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.+\n)+)", inspect.getdoc(documented), flags=re.MULTILINE)
     return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}

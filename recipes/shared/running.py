@@ -1,4 +1,4 @@
-"""A run while it writes: alone in its output folder, and with a word on how to go on where it is cut short."""
+"""Locking of the output folder while a run writes into it, and one-line exits when the run is interrupted."""
 
 import errno
 import re
@@ -18,33 +18,33 @@ from .parser import RecipeParser
 INTERRUPTED = 130
 FAILED = 1
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What safetensors, by the number of the error, and torch say of a file that could not be written: no OSError.
+# Messages of safetensors (with the errno) and torch for failed writes, which are not raised as OSError.
 FAILED_WRITES = re.compile(rf"(os error|code:) ({'|'.join(map(str, NO_ROOM))})\b|PytorchStreamWriter|unexpected pos")
 
 
 @contextmanager
 def owning_output_dir(parser: RecipeParser, arguments: TrainingArguments) -> Iterator[str | None]:
-    """Keeps other runs out of the output folder, and ends in one line when the run is interrupted or the disk is full.
+    """Locks the output folder, and exits with one line if the run is interrupted or the disk is full.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Args:
         parser ([`RecipeParser`]): of the run.
         arguments ([`~transformers.TrainingArguments`]): of the run.
 
     Yields:
-        `str`, *optional*: the checkpoint to continue from.
+        `str`, *optional*: the checkpoint to resume from.
 
     Raises:
         SystemExit:
-            With code 2 if another run writes into the folder, 130 after Ctrl-C, and 1 if a file cannot be written, and
-            one line on stderr.
+            With one line on stderr: code 2 if another run writes into the folder, 130 after Ctrl-C, 1 if a file cannot
+            be written.
     """
-    with parser.refusing_bad_input():
+    with parser.exiting_on_bad_input():
         lock = _lock(arguments)
     try:
-        with parser.refusing_bad_input():
-            # Another run may have ended in it since the folder was looked at first.
+        with parser.exiting_on_bad_input():
+            # Another run may have finished in the folder since the first check.
             checkpoint = check_output_dir(arguments)
         yield checkpoint
     except KeyboardInterrupt:
@@ -61,14 +61,14 @@ def owning_output_dir(parser: RecipeParser, arguments: TrainingArguments) -> Ite
         )
     finally:
         if lock is not None:
-            # Before it is released: afterwards the file may be another run's. Windows keeps an open file.
+            # Before the release: afterwards another run may have locked the file. Windows cannot delete an open file.
             with suppress(OSError):
                 Path(lock.lock_file).unlink()
             lock.release()
 
 
 def _lock(arguments: TrainingArguments) -> FileLock | None:
-    """Locks the output folder, in the one process that writes the record of the run."""
+    """Locks the output folder, in the process that writes the record of the run."""
     lock = None
     if arguments.process_index == 0:
         folder = Path(arguments.output_dir)
@@ -78,8 +78,8 @@ def _lock(arguments: TrainingArguments) -> FileLock | None:
             lock.acquire(blocking=False)
         except Timeout:
             raise ValueError(
-                f"--output_dir: another run is writing into {folder}, and the two would mix their files. Wait for its "
-                "end, or name another folder."
+                f"--output_dir: another run is writing into {folder}, and the two would mix their files. Wait until "
+                "it ends, or pass another folder."
             ) from None
     arguments.distributed_state.wait_for_everyone()
     return lock
@@ -92,13 +92,13 @@ def _way_to_continue(folder: str) -> str:
 
 
 def _end_progress_bar(arguments: TrainingArguments) -> None:
-    # It stays in the middle of its line.
+    # The bar does not end its line.
     if arguments.local_process_index == 0 and not arguments.disable_tqdm:
         print(file=sys.stderr)
 
 
 def _failed_write(error: BaseException | None) -> str | None:
-    """Why a file could not be written; `None` for an error of another kind."""
+    """The reason of a failed write; `None` for any other error."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in NO_ROOM) or FAILED_WRITES.search(str(error)):
             return str(error).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""What the recipes on text have in common: local files as data, checks of a column of text, and a tokenizer."""
+"""Code shared by the recipes for text: local files, checks of text and tokens, and a tokenizer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,35 +23,34 @@ UNKNOWN, PADDING, START, SEPARATOR = "[UNK]", "[PAD]", "[CLS]", "[SEP]"
 
 @dataclass
 class FileArguments(DatasetArguments):
-    """Local files as an alternative to a data set on the Hub."""
+    """Local files, as an alternative to a data set on the Hub."""
 
     train_file: str | None = field(
         default=None, metadata={"help": "File to train on: csv, tsv, json, jsonl, parquet or txt."}
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "File to evaluate on; without it a share of --train_file is held out."}
+        default=None, metadata={"help": "File to evaluate on; by default a share of --train_file is held out."}
     )
 
 
-def load_data_asked_for(arguments: FileArguments, built_in: Callable[[], Dataset]) -> DatasetDict:
-    """Loads the data set of `--dataset_name`, the files of `--train_file` and `--validation_file`, or else the data
-    that needs no download.
+def load_text_data(arguments: FileArguments, built_in: Callable[[], Dataset]) -> DatasetDict:
+    """Loads the data set of `--dataset_name`, the files of `--train_file` and `--validation_file`, or built-in data.
 
     Args:
-        arguments ([`FileArguments`]): what was asked for.
-        built_in (`Callable`): gives the data where nothing was asked for.
+        arguments ([`FileArguments`]): of the recipe.
+        built_in (`Callable`): returns the data for a run without arguments, which needs no download.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train`, and `validation` where there is such data.
+        [`~datasets.DatasetDict`]: `train`, and `validation` if there is such data.
 
     Raises:
-        ValueError: if the arguments contradict each other, or what they name cannot be read.
-        FileNotFoundError: if there is no such file.
+        ValueError: if the arguments contradict each other, or the data cannot be read.
+        FileNotFoundError: if a file does not exist.
     """
     if arguments.dataset_name and arguments.train_file:
         raise ValueError("--dataset_name and --train_file both name the data to train on: give one of them.")
     if arguments.validation_file and not arguments.train_file:
-        raise ValueError("--validation_file is for evaluating what is trained on --train_file, which is missing.")
+        raise ValueError("--validation_file needs --train_file, which is missing.")
     if arguments.dataset_name:
         return load_from_hub(arguments)
     if arguments.train_file:
@@ -60,7 +59,7 @@ def load_data_asked_for(arguments: FileArguments, built_in: Callable[[], Dataset
 
 
 def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
-    """Reads a file per split, all of one kind. In a txt file, empty lines stand between the texts."""
+    """Reads one file per split, all of the same type. In a txt file, empty lines separate the texts."""
     files = {"--train_file": train_file, "--validation_file": validation_file}
     for flag, path in files.items():
         check_path(flag, path, is_local=True)
@@ -74,15 +73,15 @@ def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
 
 
 def check_text(data: DatasetDict, flag: str, column: str) -> None:
-    """Refuses a column that holds something else than text, or rows without any.
+    """Checks that a column has a text in every row.
 
     Args:
-        data ([`~datasets.DatasetDict`]): the splits, which have the column.
-        flag (`str`): the flag that names the column.
+        data ([`~datasets.DatasetDict`]): the splits, with the column.
+        flag (`str`): flag that names the column.
         column (`str`): the column.
 
     Raises:
-        ValueError: naming the flag and what was found.
+        ValueError: if the column has another type, or rows without text.
     """
     for split, dataset in data.items():
         feature = dataset.features[column]
@@ -94,10 +93,10 @@ def check_text(data: DatasetDict, flag: str, column: str) -> None:
 
 
 def check_tokens(data: DatasetDict, model: PreTrainedModel, columns: Sequence[str] = ("input_ids",)) -> None:
-    """Refuses tokens for which the model has no embeddings, as those of another model's tokenizer.
+    """Checks that the model has an embedding for each token; the tokenizer may be that of another model.
 
     Raises:
-        ValueError: naming the highest token.
+        ValueError: if a token has no embedding.
     """
     size = model.get_input_embeddings().num_embeddings
     for dataset in data.values():
@@ -106,21 +105,21 @@ def check_tokens(data: DatasetDict, model: PreTrainedModel, columns: Sequence[st
             if highest >= size:
                 raise ValueError(
                     f"--model_name_or_path: expected a tokenizer whose tokens are numbered below {size}, for which "
-                    f"the model has embeddings, got token {highest}: they do not belong together. Name a model with "
+                    f"the model has embeddings, got token {highest}: they do not belong together. Pass a model with "
                     "the tokenizer that it was trained with."
                 )
 
 
 def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer for a model of the BERT kind, which closes each text with `[SEP]` and begins with `[CLS]`.
+    """Trains a tokenizer for an encoder like BERT, with `[CLS]` before each text and `[SEP]` after it.
 
-    It has byte-level BPE of lower-case words, and not WordPiece as BERT's own: the same texts have to give the same
-    vocabulary in every process and in every run, and training WordPiece depends on the order of a hash table.
+    It is a lower-case byte-level BPE. BERT's WordPiece would give processes different vocabularies, because its
+    training depends on the order of a hash table.
 
     Args:
-        texts (`Iterable[str]`): what to train on.
-        vocab_size (`int`): number of tokens, at least the 256 bytes and the special ones.
-        max_length (`int`): the most tokens that the model takes.
+        texts (`Iterable[str]`): training texts.
+        vocab_size (`int`): number of tokens, at least 256 bytes plus the special tokens.
+        max_length (`int`): maximum number of tokens of the model.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()

@@ -1,4 +1,4 @@
-"""The training of a recipe, from the checkpoint to continue from to the saved model."""
+"""The training of a recipe, from the checkpoint to resume from to the saved model."""
 
 import transformers
 from transformers import Trainer
@@ -12,40 +12,40 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
 
     Args:
         trainer ([`~transformers.Trainer`]): with the arguments of a recipe.
-        checkpoint (`str`, *optional*): folder of the checkpoint to continue from.
+        checkpoint (`str`, *optional*): folder of the checkpoint to resume from.
 
     Returns:
-        `tuple`: the metrics of the training, and its rows in the table of results. Those of a run that is resumed are
-        of the steps since then, and say so.
+        `tuple`: the training metrics, and rows for the table of results. Those of a resumed run cover the steps since
+        the checkpoint, and say so.
     """
     if trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero():
         delete_checkpoints(trainer.args.output_dir)
-    # Read now: the run deletes old checkpoints.
+    # Before training, which deletes old checkpoints.
     first = step_of(checkpoint)
-    # Each checkpoint would draw a bar of its own through that of the training.
+    # Each checkpoint would print its own progress bar into that of the training.
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
-    # Left to itself it would upload the run, before its metrics and its card are there.
+    # Otherwise it would upload the run before its metrics and card are written.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    processes = trainer.args.world_size
-    several = f"{processes} process{'es' if processes > 1 else ''}"
+    num_processes = trainer.args.world_size
+    processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
     last = trainer.state.global_step
     steps = f"{last} steps" if first == 0 else f"steps {first + 1} to {last}, resumed,"
-    return _of_these_steps(trainer, metrics, first), {
-        "training": f"{steps} in {metrics['train_runtime']:.0f} s on {several}",
+    return _metrics_since(first, trainer, metrics), {
+        "training": f"{steps} in {metrics['train_runtime']:.0f} s on {processes}",
         "attention": describe_attention(trainer.model),
     }
 
 
-def _of_these_steps(trainer: Trainer, metrics: dict[str, float], first: int) -> dict[str, float]:
-    """The metrics of the steps that this process trained, and where it began if it did not train all of them."""
+def _metrics_since(first: int, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of the steps after `first`, with that step if the run was resumed."""
     steps = trainer.state.global_step - first
     if first == 0 or steps <= 0:
         return metrics | ({"resumed_from_step": first} if first else {})
     if not hasattr(trainer, "_initial_global_step"):
-        # Transformers before 5.17 divides what these steps took and lost by the number of all steps.
+        # Transformers before 5.17 divides the time and the loss of these steps by the number of all steps.
         share = steps / trainer.state.global_step
         rates = ("train_samples_per_second", "train_steps_per_second")
         metrics |= {name: metrics[name] * share for name in rates} | {"train_loss": metrics["train_loss"] / share}

@@ -1,4 +1,4 @@
-"""Pairs of texts to translate: from a table with a column per language, or from two txt files."""
+"""Pairs of texts for translation, from a table with one column per language or from two txt files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,46 +7,46 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .arguments import check_path
 from .data import check_columns, hold_out, load_local
-from .text import FileArguments, check_text, load_data_asked_for
+from .text import FileArguments, check_text, load_text_data
 
 
-# How the Hub's translation data sets, and Transformers' own examples, name a column that holds both languages.
+# Name of the column with both languages in translation data sets on the Hub and in Transformers' examples.
 NESTED_COLUMN = "translation"
 
 
 @dataclass
 class TranslationDataArguments(FileArguments):
-    """A column per language, or two txt files in which line n is the same text."""
+    """A table with one column per language, or two txt files in which line n is the same text."""
 
     train_target_file: str | None = field(
-        default=None, metadata={"help": "Where --train_file is a txt file: another, with its lines translated."}
+        default=None, metadata={"help": "For a --train_file in txt: another one, with its lines translated."}
     )
     validation_target_file: str | None = field(
-        default=None, metadata={"help": "Where --validation_file is a txt file: another, with its lines translated."}
+        default=None, metadata={"help": "For a --validation_file in txt: another one, with its lines translated."}
     )
     source_column: str = field(default="source", metadata={"help": "Column to translate from, such as en."})
     target_column: str = field(default="target", metadata={"help": "Column to translate to, such as de."})
 
 
 def load_pairs(arguments: TranslationDataArguments, built_in: Callable[[str, str], Dataset]) -> DatasetDict:
-    """Loads the pairs asked for, and checks that both columns hold texts.
+    """Loads the pairs, and checks that both columns contain text.
 
     Args:
-        arguments ([`TranslationDataArguments`]): what was asked for.
-        built_in (`Callable`): gives the data where nothing was asked for, with columns of the two names.
+        arguments ([`TranslationDataArguments`]): of the recipe.
+        built_in (`Callable`): returns the data for a run without arguments, given the names of its two columns.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train` and `validation`. What is held out has no source that is trained on.
+        [`~datasets.DatasetDict`]: `train` and `validation`. No held-out source is in the training data.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the arguments contradict each other, or what they name holds no pairs of texts.
+        FileNotFoundError: if a file does not exist.
+        ValueError: if the arguments contradict each other, or the data has no pairs of texts.
     """
     source, target = arguments.source_column, arguments.target_column
     if arguments.train_target_file or arguments.validation_target_file:
         data = _load_lines(arguments)
     else:
-        data = _unnest(load_data_asked_for(arguments, lambda: built_in(source, target)))
+        data = _unnest(load_text_data(arguments, lambda: built_in(source, target)))
     columns = {"--source_column": source, "--target_column": target}
     check_columns(data, columns)
     for flag, column in columns.items():
@@ -57,7 +57,7 @@ def load_pairs(arguments: TranslationDataArguments, built_in: Callable[[str, str
 
 
 def drop_repeated(dataset: Dataset, column: str) -> Dataset:
-    """Keeps the first row of each text, so that none is both held out and trained on."""
+    """Keeps the first row of each text, so that none is in both splits."""
     first: dict[str, int] = {}
     for row, text in enumerate(dataset[column]):
         first.setdefault(text, row)
@@ -95,7 +95,7 @@ def _pair_lines(
 
 
 def _unnest(data: DatasetDict) -> DatasetDict:
-    """Makes a column per language where one column holds `{"en": ..., "de": ...}`."""
+    """Splits a column of `{"en": ..., "de": ...}` into one column per language."""
     if NESTED_COLUMN not in data["train"].column_names:
         return data
     data = data.flatten()
