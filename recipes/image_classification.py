@@ -15,6 +15,11 @@ A data set from the Hub, with another perturbation:
         --dataset_name uoft-cs/cifar10 --validation_split test --image_column img --variant blur \\
         --output_dir runs/cifar10
 
+Two perturbations at once, and DropConnect:
+
+    accelerate launch recipes/image_classification.py --output_dir runs/both --dropconnect 0.05 \\
+        --attention_drop '[{variant: hard, p: 0.1}, {variant: blur, sigma_max: 0.5}]'
+
 `--consistency_weight 0.5` adds the consistency term, which takes two passes. `--help` lists all arguments.
 """
 

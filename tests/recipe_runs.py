@@ -1,11 +1,13 @@
 """Helpers that run a recipe: as a program, as a module, with bad input, and once for all tests that only read."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -65,6 +67,18 @@ def error_line(recipe: ModuleType, capfd: pytest.CaptureFixture[str], *flags: st
     assert written.out == ""
     assert line.startswith(f"{recipe.__name__}.py: error: "), written.err
     return line
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def run_with_file(recipe: ModuleType, folder: Path, settings: dict[str, Any], *flags: str) -> Path:
+    """Runs a recipe with a file of settings and flags that override it, and returns the output folder."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    recipe.main(["--config", str(file), *flags, "--output_dir", str(folder / "out")])
+    return folder / "out"
 
 
 def short_run_flags(name: str, folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Flags of a recipe: precedence, and settings that would have no effect."""
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, CTRLConfig, MambaConfig
 
 from hf_attentiondrop import AttentionDropConfig
 
-from .recipe_runs import error_line, load
+from .recipe_runs import error_line, load, read_json, run_with_file
 
 
 QUICK = ["--max_steps", "1", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
@@ -22,18 +21,6 @@ HARD = {"variant": "hard", "p": 0.2, "k": 3}
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("text_classification", monkeypatch)
-
-
-def read(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
-
-
-def run_with(recipe: ModuleType, folder: Path, settings: dict[str, Any], *flags: str) -> Path:
-    """Runs a recipe with a file of settings and flags that override it, and returns the output folder."""
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    recipe.main(["--config", str(file), *QUICK, *flags, "--output_dir", str(folder / "out")])
-    return folder / "out"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +61,9 @@ def test_file_settings_apply_only_to_the_method_of_the_file(
     expected: dict[str, Any] | None,
     left_out: str | None,
 ) -> None:
-    folder = run_with(recipe, tmp_path, settings, *flags)
+    folder = run_with_file(recipe, tmp_path, settings, *QUICK, *flags)
     drop = None if expected is None else AttentionDropConfig(**expected)
-    assert read(folder, "config.json").get("attention_drop") == (drop and drop.to_dict())
+    assert read_json(folder / "config.json").get("attention_drop") == (drop and drop.to_dict())
     record = yaml.safe_load((folder / "run.yaml").read_text())
     assert {name: record[name] for name in ("p", "k", "layers") if name in record} == (
         {name: value for name, value in drop.to_dict().items() if name in ("p", "k", "layers") and value is not None}
@@ -108,7 +95,7 @@ def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatc
     quick += ["--num_layers" if name == "translation" else "--num_hidden_layers", "1", "--attn_implementation", "sdpa"]
     flags = ["--dropout", "0.25", "--attention_dropout", "0", "--dropconnect", "0.125"]
     recipe.main([*quick, *flags, "--output_dir", str(first)])
-    metrics, config = read(first, "metrics.json"), read(first, "config.json")
+    metrics, config = read_json(first / "metrics.json"), read_json(first / "config.json")
     assert {field: metrics["dropout"][field] for field in DROPOUT[name]} == DROPOUT[name]
     # Default values are not in config.json.
     assert all(config.get(field, 0.0) == value for field, value in DROPOUT[name].items())
@@ -118,7 +105,7 @@ def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatc
 
     # The flag also changes the dropout of a checkpoint.
     recipe.main([*quick, "--model_name_or_path", str(first), "--dropout", "0.125", "--output_dir", str(second)])
-    metrics = read(second, "metrics.json")
+    metrics = read_json(second / "metrics.json")
     assert {metrics["dropout"][field] for field in DROPOUT[name]} == {0.125}
     assert "dropconnect" not in metrics
 

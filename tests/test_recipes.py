@@ -26,7 +26,7 @@ BAD_INPUT = {
     "unknown perturbation": (["--variant", "harder"], "`variant` must be one of"),
     "field of another perturbation": (
         ["--variant", "blur", "--p", "0.3"],
-        "`p`=0.3 would have no effect, because variant='blur' does not use it",
+        "variant='blur' does not use it, so 0.3 would have no effect. It is a setting of hard.",
     ),
     "text for a number": (["--k", "five"], "argument --k: invalid number value: 'five'"),
     "unknown flag": (["--learning_rat", "1"], "unknown argument --learning_rat. Did you mean --learning_rate?"),
@@ -58,9 +58,19 @@ def test_help_lists_every_argument(recipe: ModuleType, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert exit_.value.code == 0
     assert f"accelerate launch recipes/{recipe.__name__}.py" in text
-    for name in ("config", "output_dir", "learning_rate", "variant", "p", "k", "sigma_max", "layers"):
+    for name in (
+        "config",
+        "output_dir",
+        "learning_rate",
+        "attention_drop",
+        "variant",
+        "p",
+        "k",
+        "sigma_max",
+        "layers",
+    ):
         assert f"--{name} " in text
-    assert "probability in [0, 1] with which each of the" in " ".join(text.split())
+    assert "hard: Probability in [0, 1] with which each of the" in " ".join(text.split())
 
 
 def test_run_file_reproduces_the_run(recipe: ModuleType, short_run: Callable[[str], Path], tmp_path: Path) -> None:

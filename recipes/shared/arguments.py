@@ -1,20 +1,13 @@
-"""Arguments shared by all recipes, and the attention options that follow from them."""
+"""Arguments shared by all recipes, and checks of them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-
-from hf_attentiondrop import AttentionDropConfig
-from hf_attentiondrop.methods import LEARNED_METHODS, PERTURBATIONS
 
 
 ATTENTION_DROP = "attentiondrop"
-SETTINGS = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
-ATTENTION_DROP_FIELDS = ("variant", *dict.fromkeys(name for names in SETTINGS.values() for name in names))
 
 
 @dataclass
@@ -113,73 +106,6 @@ class RunArguments:
     def __post_init__(self) -> None:
         check_at_least_one(self, "per_device_train_batch_size", "per_device_eval_batch_size")
         super().__post_init__()
-
-
-def attention_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The attention options for `from_pretrained`, or for the config of a new model.
-
-    Args:
-        values (`Mapping[str, Any]`): fields of [`ModelArguments`], and those of [`AttentionDropConfig`] that were set.
-
-    Raises:
-        ValueError: if a value is out of range, or the attention would ignore a setting.
-    """
-    name, reweighting = values["attn_implementation"], values["attention_reweighting"]
-    drop = {field_: values[field_] for field_ in ATTENTION_DROP_FIELDS if field_ in values}
-    is_dropping = name == ATTENTION_DROP or (name in LEARNED_METHODS and bool(drop))
-    if drop and not is_dropping:
-        flags = ", ".join(f"--{field_}" for field_ in drop)
-        raise ValueError(
-            f"{flags}: settings of AttentionDrop need --attn_implementation {ATTENTION_DROP} or one of "
-            f"{', '.join(LEARNED_METHODS)}, got {name}, where they would have no effect. Leave them out, or pass one "
-            "of those."
-        )
-    options = {"attn_implementation": name, "attention_drop": AttentionDropConfig(**drop) if is_dropping else None}
-    if reweighting is not None:
-        if name not in LEARNED_METHODS:
-            raise ValueError(
-                f"--attention_reweighting configures {', '.join(LEARNED_METHODS)}, but --attn_implementation is "
-                f"{name}, which has no learned parameters. Pass one of them, or leave the configuration out."
-            )
-        try:
-            options["attention_reweighting"] = LEARNED_METHODS[name].from_dict(yaml.safe_load(reweighting))
-        except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"--attention_reweighting must be a YAML mapping such as '{{init: paper}}', got {reweighting!r}."
-            ) from error
-    return options
-
-
-def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Finds the settings in a file of arguments that belong to another method than the one on the command line.
-
-    A file describes a run with one method, so using it with another method on the command line must not train both.
-    To combine methods on purpose, set both on the command line, or both in the file.
-
-    Args:
-        of_file (`Mapping[str, Any]`): the values given in the file.
-        typed (`Mapping[str, Any]`): the values given on the command line.
-
-    Returns:
-        `dict[str, list[str]]`: flag on the command line to the settings in the file that it overrides.
-
-    Example:
-
-    >>> settings_left_out({"p": 0.2, "k": 3, "seed": 1}, {"attn_implementation": "affine_scaled", "k": 4})
-    {'attn_implementation': ['p']}
-    """
-    groups: dict[str, set[str]] = {}
-    old, new = (values.get("attn_implementation", ATTENTION_DROP) for values in (of_file, {**of_file, **typed}))
-    if new != old:
-        # From a learned method combined with AttentionDrop to AttentionDrop alone, its settings stay.
-        drop = set() if new == ATTENTION_DROP else set(ATTENTION_DROP_FIELDS)
-        groups["attn_implementation"] = {"attention_reweighting"} | drop
-    default = AttentionDropConfig().variant
-    old, new = (values.get("variant", default) for values in (of_file, {**of_file, **typed}))
-    if new != old:
-        groups["variant"] = {name for names in SETTINGS.values() for name in names} - {*SETTINGS.get(new, ())}
-    left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
-    return {flag: names for flag, names in left_out.items() if names}
 
 
 def check_at_least_one(arguments: Any, *names: str) -> None:

@@ -2,31 +2,30 @@
 
 import argparse
 import difflib
-import inspect
-import json
+import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from hf_attentiondrop.evaluation.hub_access import offline_if_cut_off
-from hf_attentiondrop.methods import PERTURBATIONS
-from hf_attentiondrop.methods.method import Perturbation
+from hf_attentiondrop.integration.config_entries import to_entry
 
-from .arguments import attention_options, settings_left_out
+from .attention import LIST_FLAG, attention_options, settings_left_out
+from .method_flags import add_method_flags
 
 
 # Raised by transformers, datasets and torch for a wrong path, name or value.
 BAD_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 NOT_GIVEN = object()
+# Flags whose values are YAML, on the command line too.
+YAML_FLAGS = (LIST_FLAG, "attention_reweighting")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,7 +35,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 class RecipeParser(HfArgumentParser):
     """[`~transformers.HfArgumentParser`] for a recipe.
 
-    Adds the fields of [`AttentionDropConfig`] as flags, and `--config`, a YAML file of arguments that flags on the
+    Adds the flags of [`add_method_flags`], and `--config`, a YAML file of arguments that flags on the
     command line override. Every error is one line on stderr, with exit code 2.
 
     Args:
@@ -49,25 +48,7 @@ class RecipeParser(HfArgumentParser):
         self.add_argument("--config", help="YAML file of arguments; flags on the command line override it.")
         self.values: dict[str, Any] = {}
         self.given: set[str] = set()
-        group = self.add_argument_group("AttentionDrop")
-        group.add_argument(
-            "--variant",
-            default=argparse.SUPPRESS,
-            help=f"Perturbation, one of {', '.join(PERTURBATIONS)} (default: hard)",
-        )
-        documented = {
-            field_.name: (field_, method) for method in reversed(PERTURBATIONS.values()) for field_ in fields(method)
-        }
-        for field_, method in documented.values():
-            types, helps = get_type_hints(method), _documented_arguments(method) | _documented_arguments(Perturbation)
-            hint = types[field_.name]
-            items = next((get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is tuple), None)
-            options = {"type": items[0], "nargs": "+"} if items else {"type": hint}
-            if get_args(hint) == (int, float):
-                options = {"type": number}
-            # Only flags that were passed are among the values: they combine AttentionDrop with a learned method.
-            help_ = f"{helps[field_.name]} (default: {field_.default})"
-            group.add_argument(f"--{field_.name}", default=argparse.SUPPRESS, help=help_, **options)
+        add_method_flags(self)
 
     def parse(
         self,
@@ -97,12 +78,12 @@ class RecipeParser(HfArgumentParser):
         from_file = self._flags_of_config(path)
         file_values = self._given(chain.from_iterable(from_file.values()))
         if left_out := settings_left_out(file_values, typed_values):
+            names = dict.fromkeys(chain.from_iterable(left_out.values()))
+            from_file = {name: flags for name, flags in from_file.items() if name not in names}
             self.note(
-                f"{' and '.join(f'--{name} {typed_values[name]}' for name in left_out)}: the settings of --config "
-                f"{path} for another method do not apply: {', '.join(chain.from_iterable(left_out.values()))}. Pass "
-                "them as flags to apply them."
+                f"{' and '.join(_shown(name, typed_values[name]) for name in left_out)}: the settings of --config "
+                f"{path} for another method do not apply: {', '.join(names)}. Pass them as flags to apply them."
             )
-        from_file = {name: flags for name, flags in from_file.items() if name not in chain(*left_out.values())}
         flags = [*chain.from_iterable(from_file.values()), *typed]
         self.given = {*from_file, *typed_values}
         self.set_defaults(**defaults(self._read(flags)))
@@ -110,7 +91,9 @@ class RecipeParser(HfArgumentParser):
         with self.exiting_on_bad_input():
             attention = attention_options(self.values)
             arguments = self.parse_dict(self.values, allow_extra_keys=True)
-        if attention["attention_drop"] is not None:
+        if LIST_FLAG in self.values:
+            self.values[LIST_FLAG] = to_entry(attention["attention_drop"])
+        elif attention["attention_drop"] is not None:
             self.values |= attention["attention_drop"].to_dict()
         return (*arguments, attention)
 
@@ -202,26 +185,19 @@ class RecipeParser(HfArgumentParser):
         for name, value in contents.items():
             if name not in known:
                 self.error(f"unknown key {name!r} in --config {path}.{_suggestion(str(name), known)}")
-            if isinstance(value, list):
+            if isinstance(value, dict) or (isinstance(value, list) and name in YAML_FLAGS):
+                flags[name] = [f"--{name}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()}"]
+            elif isinstance(value, list):
                 flags[name] = [f"--{name}", *map(str, value)]
             elif value is not None:
-                flags[name] = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+                flags[name] = [f"--{name}={value}"]
         return flags
 
 
-def number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+def _shown(name: str, value: Any) -> str:
+    return f"--{name} {value}" if isinstance(value, str) else f"--{name}"
 
 
 def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {prefix}{nearest[0]}?" if nearest else " See --help for all of them."
-
-
-def _documented_arguments(documented: type) -> dict[str, str]:
-    """The descriptions under `Args:` in a docstring in Hugging Face style."""
-    entries = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.+\n)+)", inspect.getdoc(documented), flags=re.MULTILINE)
-    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
