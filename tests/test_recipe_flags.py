@@ -76,6 +76,17 @@ def test_file_settings_apply_only_to_the_method_of_the_file(
         assert f"do not apply: {left_out}. " in notes[0] and str(tmp_path / "config.yaml") in notes[0]
 
 
+def test_a_passed_default_of_transformers_is_recorded(recipe: ModuleType, tmp_path: Path) -> None:
+    from shared.output import RUN_FILE, write_record
+
+    types = (recipe.TextModelArguments, recipe.TextDataArguments, recipe.TextTrainingArguments)
+    for flags, expected in ((["--warmup_steps", "0"], 0), ([], 0.1)):
+        parser = recipe.RecipeParser("", types)
+        parser.parse(flags, recipe.defaults)
+        write_record(parser, str(tmp_path), {})
+        assert yaml.safe_load((tmp_path / RUN_FILE).read_text())["warmup_steps"] == expected
+
+
 DROPOUT = {
     "text_classification": {
         "attention_probs_dropout_prob": 0.0,

@@ -61,12 +61,13 @@ def write_record(parser: RecipeParser, folder: str, metrics: Mapping[str, Any]) 
     """Writes `metrics.json`, and `run.yaml` with the arguments that reproduce the run."""
     record = {**metrics, "versions": _versions()}
     (Path(folder) / METRICS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    # All arguments of the recipe, and those of Transformers that differ from its defaults.
+    # All arguments of the recipe, and those of Transformers that were passed or differ from its defaults. A passed
+    # default counts, because the recipe may have another.
     defaults = vars(HfArgumentParser(TrainingArguments).parse_args([]))
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in parser.values.items()
-        if name not in NOT_IN_RUN_FILE and value is not None and value != defaults.get(name)
+        if name not in NOT_IN_RUN_FILE and value is not None and (name in parser.given or value != defaults.get(name))
     }
     header = f"# accelerate launch recipes/{parser.prog} --config {RUN_FILE} --output_dir <another folder>\n"
     (Path(folder) / RUN_FILE).write_text(header + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
