@@ -1,4 +1,4 @@
-"""Changes to a model that is loaded already: what perturbs it, scheduled values, and the base attention."""
+"""Changing a loaded model: its perturbations, their scheduled values, and the base attention."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from .attention.parts import configs_of, transformers_models
 from .integration.config_entries import accept_given_entries
 from .integration.functions import ATTENTION_DROP, is_perturbable, perturbations_of_module
 from .integration.implementations import FUNCTIONS, place_running, running_modules
-from .integration.switching import whole_or_nothing
+from .integration.switching import all_or_nothing
 from .methods.method import ATTENTION_DROP_KEY, Perturbation
 from .methods.parsing import PerturbationLike, perturbations_from
 from .methods.state import ModuleState
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 def configure(model: Any, attention_drop: PerturbationLike | Sequence[PerturbationLike]) -> None:
-    """Changes what perturbs a model that is loaded already, from its next forward pass on.
+    """Replaces the perturbations of a loaded model, effective from its next forward pass.
 
-    The new configuration replaces the earlier one, as an `attention_drop` given to `from_pretrained` replaces that of
-    the checkpoint: `layers=[3]` after `layers=[0]` perturbs layer 3 alone, and a setting that the new one does not
-    name goes back to its default, in a dict as well as in an object. A warning names the settings that this changes.
-    To keep them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
+    The new configuration replaces the old one completely: `layers=[3]` after `layers=[0]` perturbs only layer 3, and
+    settings that it does not name go back to their defaults. A warning lists the settings that change this way. To
+    keep them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
 
-    To vary `p` or `sigma_max` during training, use [`set_scheduled_value`]: the configuration ends up in config.json.
+    To vary `p` or `sigma_max` during training use [`set_scheduled_value`], which does not change config.json.
 
     Args:
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
-            wrapper around one (PEFT, DDP). A compiled one does not recompile for another `p` or `sigma_max`.
-        attention_drop: a perturbation such as [`HardMasking`], a dict of its settings, or a list of these, of which
-            the first runs around the last. It is written to the model's config, sub-configs included, and ends a
-            schedule.
+            wrapper around one (PEFT, DDP). A compiled model does not recompile for another `p` or `sigma_max`.
+        attention_drop: a perturbation such as [`HardMasking`], a dict of its settings, or a list of these, where the
+            first one wraps the others. It is stored in the model's config, including sub-configs, and resets
+            scheduled values.
 
     Raises:
-        ValueError: if no part of the model uses this package, or the configuration selects nothing in the model.
-        TypeError: if there is no Transformers model in `model`.
+        ValueError: if no part of the model uses this package, if the configuration selects no attention module, or if
+            a perturbation cannot act on a selected one.
+        TypeError: if `model` contains no Transformers model.
 
     Example:
 
@@ -60,7 +60,7 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
     previous = [config.__dict__.get(ATTENTION_DROP_KEY) for config in configs]
     with ExitStack() as stack:
         for base in bases:
-            stack.enter_context(whole_or_nothing(base))
+            stack.enter_context(all_or_nothing(base))
         for base in bases:
             modules = place_running(base)
             base.config.attention_drop = attention_drop
@@ -74,21 +74,21 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
 
 
 def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -> None:
-    """Sets the setting that a schedule varies, `p` or under `"blur"` `sigma_max`, until it is set again.
+    """Sets the current `p` (`"hard"`) or `sigma_max` (`"blur"`) of a model, for a schedule.
 
-    The configuration does not change, so config.json tells what was configured, whenever a checkpoint is saved. The
-    value is not part of a checkpoint: a schedule sets it anew from the step at which it resumes. [`report`] shows it
-    next to the configured one. A compiled model does not recompile.
+    The value holds until the next call. It changes neither the configuration nor config.json, and checkpoints do not
+    contain it: after a resume, set it again for the current step. [`report`] shows it next to the configured value. A
+    compiled model does not recompile.
 
     Args:
         model: a Transformers model that is perturbed in training, or a wrapper around one (PEFT, DDP).
-        value: of `p` or `sigma_max`; with several variants, a dict of variant to value; or `None` to go back to the
-            configured values.
+        value: the new value, in the range of the setting; a dict of variant to value if the model has several
+            variants; `None` restores the configured values.
 
     Raises:
         ValueError: if the value is out of range, if no part of the model is perturbed, or if a single value is given
             for several variants.
-        TypeError: if there is no Transformers model in `model`.
+        TypeError: if `model` contains no Transformers model.
 
     Example:
 
@@ -108,7 +108,7 @@ def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -
     if not perturbations:
         raise ValueError(
             f"AttentionDrop is not configured for {type(bases[0]).__name__}, or perturbs nothing at any value, so a "
-            "scheduled one would have no effect. Call configure(model, HardMasking(...)) first; blur takes a width "
+            "scheduled value would have no effect. Call configure(model, HardMasking(...)) first; blur needs a width "
             "above 1."
         )
     values = {} if value is None else _by_variant(value, perturbations)
@@ -117,23 +117,23 @@ def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -
 
 
 def set_base_attention(model: Any, attn_implementation: str) -> None:
-    """Lets another kernel than SDPA compute the attention that is blurred, reweighted, or left alone in evaluation.
+    """Replaces SDPA as the kernel that computes the base attention, below the methods and in evaluation.
 
-    Masks stay those of SDPA, and are translated: FlashAttention takes padding, causal order, windows and packed
-    documents in self-attention; FlexAttention any boolean mask. Where a kernel cannot express a mask, and for what
-    drops the strongest keys (`variant="hard"`) or has a learned sink, SDPA does it. The choice is for this process:
-    like any attention implementation it is not saved.
+    The masks of SDPA are translated: FlashAttention supports padding, causal order, sliding windows and packed
+    documents in self-attention, FlexAttention any boolean mask. SDPA still computes calls whose mask the kernel cannot
+    express, masking of high scores (`variant="hard"`) and learned sinks. The choice is not saved, like any attention
+    implementation.
 
     Args:
         model: a Transformers model that uses an implementation of this package, or a wrapper around one.
         attn_implementation: `"flash_attention_2"`, `"flash_attention_3"`, `"flash_attention_4"`, `"flex_attention"`,
-            `"sdpa"`, or the name of an attention function of your own that is registered with the masks of SDPA,
+            `"sdpa"`, or the name of your own attention function, registered with the masks of SDPA by
             `AttentionMaskInterface.register(name, sdpa_mask)`.
 
     Raises:
-        ValueError: if the name is unknown, takes other masks, or no part of the model uses this package.
+        ValueError: if the name is unknown, its kernel takes other masks, or no part of the model uses this package.
         ImportError: if the kernel is not installed.
-        TypeError: if there is no Transformers model in `model`.
+        TypeError: if `model` contains no Transformers model.
 
     Example:
 
@@ -143,14 +143,14 @@ def set_base_attention(model: Any, attn_implementation: str) -> None:
     >>> set_base_attention(model, "flex_attention")
     """
     bases = _running_models(model, "another base attention")
-    # Transformers knows what is installed, and what goes with the model's class, dtype and device.
+    # Transformers checks the installation, and the model's class, dtype and device.
     names = [base._check_and_adjust_attn_implementation(attn_implementation) for base in bases]
     for name in names:
         if name in FUNCTIONS or not can_be_base(name):
             raise ValueError(
                 f"set_base_attention: {name!r} cannot compute the base attention, because it does not take the "
-                "boolean masks of SDPA. Expected sdpa, flex_attention, flash_attention_2, 3 or 4, or a name that you "
-                "registered with AttentionMaskInterface.register(name, sdpa_mask)."
+                "boolean masks of SDPA. Expected sdpa, flex_attention, flash_attention_2, 3 or 4, or a name "
+                "registered by AttentionMaskInterface.register(name, sdpa_mask)."
             )
     for base, name in zip(bases, names, strict=True):
         for state in _running_states(base):
@@ -158,7 +158,7 @@ def set_base_attention(model: Any, attn_implementation: str) -> None:
 
 
 def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
-    """Returns the models that run an implementation of this package; `what` needs at least one to act on."""
+    """Returns the models that run an implementation of this package; an error without any names `what`."""
     found = list(transformers_models(model).values())
     running = [base for base in found if _running_modules(base)]
     if not running:
@@ -173,7 +173,7 @@ def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
 
 
 def _running_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the modules that run an implementation of this package, copied modules included, with their state."""
+    """Returns the modules that run an implementation of this package; gives new ones, such as copies, their state."""
     running = running_modules(model)
     if any(not hasattr(module, "attention_drop_state") for module in running):
         place_running(model)
@@ -185,20 +185,20 @@ def _running_states(model: PreTrainedModel) -> list[ModuleState]:
 
 
 def _by_variant(value: float | Mapping[str, float], perturbations: set[Perturbation]) -> dict[str, float]:
-    """Checks scheduled values, and returns them by variant as plain numbers."""
+    """Checks scheduled values and returns them by variant."""
     variants = sorted({perturbation.variant for perturbation in perturbations})
     if not isinstance(value, Mapping):
         if len(variants) > 1:
             raise ValueError(
                 f"set_scheduled_value: expected a dict of variant to value, got {value!r}: the model has "
-                f"{' and '.join(variants)}, whose values mean different things. For example {{{variants[0]!r}: "
-                f"{value!r}}}; the others go back to their configured values."
+                f"{' and '.join(variants)}, whose values mean different things. Pass, for example, {{{variants[0]!r}: "
+                f"{value!r}}}; the others get their configured values."
             )
         value = {variants[0]: value}
     if unknown := [variant for variant in value if variant not in variants]:
         raise ValueError(
             f"set_scheduled_value: {unknown[0]!r} perturbs no module of the model, so its value would have no effect. "
-            f"The variants there are {', '.join(variants)}."
+            f"The variants of the model are {', '.join(variants)}."
         )
     checked = {}
     for perturbation in perturbations:
@@ -211,18 +211,18 @@ def _by_variant(value: float | Mapping[str, float], perturbations: set[Perturbat
 
 
 def _warn_of_reset_settings(entries: list[Any], perturbation: Perturbation, named: set[str]) -> None:
-    """Warns of settings that go back to their defaults without being named, which may not be intended."""
+    """Warns of settings that go back to their defaults because the new configuration leaves them out."""
     new, defaults = perturbation.to_dict(), type(perturbation)().to_dict()
     reset = {
         name: entry[name]
         for entry in entries
-        if isinstance(entry, dict)  # A newer release may have written anything.
+        if isinstance(entry, dict)  # A newer release may have another format.
         for name in new.keys() - named
         if entry.get(name, defaults[name]) != new[name] == defaults[name]
     }
     if reset:
         changes = ", ".join(f"{name} from {reset[name]!r} to {defaults[name]!r}" for name in new if name in reset)
         logger.warning(
-            f"configure: the new configuration replaces the earlier one and resets settings that it leaves out to "
-            f"their defaults: {changes}. To keep a value, name it, or change a copy of model.config.attention_drop."
+            f"configure: the new configuration replaces the old one and resets settings that it leaves out to their "
+            f"defaults: {changes}. To keep a value, pass it, or change a copy of model.config.attention_drop."
         )

@@ -1,4 +1,4 @@
-"""A table of what happens to every attention module of a model: AttentionDrop in training, and learned reweighting."""
+"""A table of the attention modules of a model and the methods that act on each of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ from .integration.functions import perturbations_of_module
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One attention module.
+    """One attention module of a [`Report`].
 
     Args:
-        name: its name in the model.
-        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`.
-        layer: its layer within its stack.
-        implementation: the attention implementation it runs, and the base attention below if that is not SDPA.
-        applied: the perturbations that act on it in training, joined by " + "; empty for none.
-        calls: how many of its attention calls were perturbed so far; most modules make one per forward pass.
-        reweighting: the learned method attached to it; empty for none.
+        name: name of the module in the model.
+        kind: `"encoder_self"`, `"decoder_self"` or `"cross"`; `"-"` if the module does not use this package.
+        layer: index of its layer within its stack; -1 if the module does not use this package.
+        implementation: its attention implementation, with the base attention if that is not SDPA.
+        applied: perturbations that act on it in training, joined by " + "; empty for none.
+        calls: number of perturbed attention calls so far; most modules make one per forward pass.
+        reweighting: learned method attached to it; empty for none.
         needs_score_matrix: True if attention dropout forces a full score matrix on CUDA (FlexAttention has no
             dropout).
-        scheduled: values that a schedule has set, by variant.
+        scheduled: scheduled values by variant.
     """
 
     name: str
@@ -43,7 +43,12 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The attention modules of a model; printed, a table."""
+    """The attention modules of a model. Printing it shows a table.
+
+    Args:
+        model: class of the model.
+        rows: one [`ReportRow`] per attention module.
+    """
 
     model: str
     rows: tuple[ReportRow, ...]
@@ -75,24 +80,24 @@ class Report:
         summary += f", {reweighted} reweighted" if reweighted else ""
         if dropped := sum(row.needs_score_matrix for row in self.rows):
             lines.append(
-                f"attention dropout in {dropped} of them: on CUDA these hold all scores at any length, since "
-                "FlexAttention has no dropout"
+                f"attention dropout forces a full score matrix on CUDA in {dropped} of them (FlexAttention has no "
+                "dropout)"
             )
         return "\n".join([summary, *(line.rstrip() for line in lines)])
 
 
 def report(model: Any) -> Report:
-    """Says of every attention module what AttentionDrop does to it in training, and how often it did.
+    """Lists the attention modules of a model, the methods that act on each, and how often each was perturbed.
 
     Args:
         model: a Transformers model, or a wrapper around one.
 
     Returns:
-        A [`Report`]: print it, or read its `rows`. `calls` counts attention calls; those that activation checkpointing
-        repeats in the backward pass count once.
+        A [`Report`]: print it, or read its `rows`. Calls that activation checkpointing repeats in the backward pass
+        count once.
 
     Raises:
-        TypeError: if there is no Transformers model in `model`.
+        TypeError: if `model` contains no Transformers model.
 
     Example:
 
@@ -103,7 +108,7 @@ def report(model: Any) -> Report:
     module                          kind          layer  implementation  in training               calls
     ------------------------------  ------------  -----  --------------  ------------------------  -----
     encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
-    attention dropout in 1 of them: on CUDA these hold all scores at any length, since FlexAttention has no dropout
+    attention dropout forces a full score matrix on CUDA in 1 of them (FlexAttention has no dropout)
     """
     bases = transformers_models(model)
     if len(bases) == 1:

@@ -235,7 +235,7 @@ def test_reweighting_starts_as_the_base_and_learns(name: str) -> None:
 
 @_cases(NOT_REWEIGHTED)
 def test_what_cannot_be_reweighted_is_refused_when_built(name: str) -> None:
-    with pytest.raises(ValueError, match="does not hand its keyword arguments over"):
+    with pytest.raises(ValueError, match="does not pass its keyword arguments on"):
         _reweighted(name)
 
 

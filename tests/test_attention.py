@@ -138,7 +138,7 @@ def test_packing_is_taken_from_the_mask_and_refused_without_one() -> None:
         results.append(attention_drop_forward(module, *case.tensors(), case.mask(), **extras)[0])
     assert torch.equal(*results)
     attention_drop_forward(module, *case.tensors(), None, cu_seq_lens_q=torch.tensor([0, 9]))
-    with pytest.raises(ValueError, match="passes `cu_seq_lens_q`.*position_ids that start anew"):
+    with pytest.raises(ValueError, match="passes `cu_seq_lens_q`.*position_ids that restart"):
         attention_drop_forward(module, *case.tensors(), None, **lengths)
 
 

@@ -212,7 +212,7 @@ def test_the_dict_form_reaches_one_sub_model() -> None:
     ],
 )
 def test_a_dict_that_names_no_part_is_refused(requested: dict[str, Any], tmp_path: Path) -> None:
-    message = "names '(txt_config|vison_config|txt)', and CLIP(Text)?Config has no such part"
+    message = "names '(txt_config|vison_config|txt)', but CLIP(Text)?Config has no such part"
     with pytest.raises(ValueError, match=message):
         CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation=requested)
     model = CLIPModel(CLIPConfig(**TINY_CLIP))
@@ -225,7 +225,7 @@ def test_a_dict_that_names_no_part_is_refused(requested: dict[str, Any], tmp_pat
 
 def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are() -> None:
     with pytest.raises(
-        ValueError, match="'text_config', and BertConfig has no such part.*It has no parts; the key ''"
+        ValueError, match="'text_config', but BertConfig has no such part.*It has no parts; the key ''"
     ):
         build("bert", attn_implementation={"text_config": "attentiondrop"})
     with pytest.raises(ValueError, match=r"""Did you mean 'text_config'.*'vision_config'"""):
@@ -282,7 +282,7 @@ def test_registering_twice_is_harmless_and_a_clash_is_refused(monkeypatch: pytes
     register()
     assert BertModel.post_init is post_init
     monkeypatch.setitem(AttentionInterface._global_mapping, "attentiondrop", lambda: None)
-    with pytest.raises(RuntimeError, match="already holds 'attentiondrop'"):
+    with pytest.raises(RuntimeError, match="already has 'attentiondrop'"):
         register()
 
 

@@ -281,7 +281,7 @@ def test_missing_and_misplaced_states_are_refused() -> None:
     module = make_reweighted(case, AFFINE["default"])
     with pytest.raises(RuntimeError, match="did not pass the hidden states on"):
         run(module, case, None, *case.tensors())
-    with pytest.raises(ValueError, match=r"expected \(3, 9, hidden_size\)"):
+    with pytest.raises(ValueError, match=r"expected hidden states of shape \(3, 9, hidden_size\)"):
         run(module, case, states_of(case)[:, 1:], *case.tensors())
     del module.reweighting
     with pytest.raises(RuntimeError, match="without learned weights"):

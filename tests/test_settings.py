@@ -30,8 +30,8 @@ def test_configure_replaces_and_says_what_it_resets(caplog: pytest.LogCaptureFix
     configure(model, {"layers": [1]})
     assert model.config.attention_drop == AttentionDropConfig(layers=[1])
     assert [record.getMessage() for record in caplog.records] == [
-        "configure: the new configuration replaces the earlier one and resets settings that it leaves out to "
-        "their defaults: p from 0.3 to 0.1, k from 2 to 5. To keep a value, name it, or change a copy of "
+        "configure: the new configuration replaces the old one and resets settings that it leaves out to "
+        "their defaults: p from 0.3 to 0.1, k from 2 to 5. To keep a value, pass it, or change a copy of "
         "model.config.attention_drop."
     ]
 

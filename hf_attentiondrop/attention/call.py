@@ -14,11 +14,11 @@ from ..functional import attention_scores, boolean_mask, expand_heads, query_off
 from .kernels import attend_with
 
 
-# Computes the base attention where no other kernel was chosen.
+# The default base attention.
 SDPA = "sdpa"
 
 AttentionOutput = tuple[Tensor, Tensor | None]
-"""The output, `(B, Q, H, D)`, and the weights, `(B, H, Q, K)`, where they were asked for."""
+"""The output, `(B, Q, H, D)`, and the attention weights, `(B, H, Q, K)`, if requested."""
 Attend = Callable[["AttentionCall"], AttentionOutput]
 
 
@@ -162,7 +162,7 @@ def attend_if_any_key(call: AttentionCall, attend: Attend | None = None) -> Atte
 
 
 def base_attention(call: AttentionCall) -> AttentionOutput:
-    """Computes attention by SDPA, another kernel that was chosen, or the model file's eager function."""
+    """Computes attention by SDPA, another selected kernel, or the model file's eager function."""
     if call.zeroed is not None:
         return _softmax_attention(call, call.zeroed)
     arguments = (call.module, call.query, call.key, call.value)
@@ -204,8 +204,8 @@ def _eager_attention(module: nn.Module) -> Any:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise ValueError(
-            f"{type(module).__name__} was asked for attention weights, a softcap or sinks, which SDPA does not "
-            f"support, and its model file {type(module).__module__} has no eager_attention_forward that does. "
+            f"{type(module).__name__} needs attention weights, a softcap or sinks, which SDPA does not support, and "
+            f"its model file {type(module).__module__} has no eager_attention_forward to compute them. "
             'Call the model without output_attentions=True, or switch it to attn_implementation="eager".'
         )
     return eager

@@ -1,4 +1,4 @@
-"""The model's own dropout: its probabilities in a Transformers config, whatever names the model family gives them."""
+"""The model's own dropout: reading its probabilities under the names of each model family."""
 
 import re
 from typing import Any
@@ -7,12 +7,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
-# "dropout" of Marian, "hidden_dropout_prob" of BERT, "resid_pdrop" of GPT-2. Layer drop, stochastic depth (drop_path)
-# and the dropping of tokens are other methods.
+# "dropout" in Marian, "hidden_dropout_prob" in BERT, "resid_pdrop" in GPT-2. Layer drop, stochastic depth (drop_path)
+# and token dropping are other methods.
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop)($|_)")
 OTHER_METHODS = re.compile(r"path|token|layer_?drop")
 
-# Names of the dropout of attention weights in modules, the plainest last: it may belong to another dropout.
+# Names of attention dropout in modules, the most specific first: plain "dropout" may mean another dropout.
 ATTENTION_DROPOUT_NAMES = ("attention_dropout", "attn_dropout", "attn_drop", "dropout_prob", "dropout_p", "dropout")
 
 
@@ -23,7 +23,7 @@ def attention_dropout(module: nn.Module) -> float:
 
 
 def dropout_of(config: PreTrainedConfig) -> dict[str, float | None]:
-    """The dropout probabilities in a config; `None` where the model falls back on another of them.
+    """Returns the dropout probabilities in a config; `None` where the model falls back to another of them.
 
     Example:
 

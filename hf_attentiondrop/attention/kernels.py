@@ -1,7 +1,6 @@
-"""Other kernels than SDPA for the base attention: what they take in place of the boolean mask that SDPA takes.
+"""Kernels other than SDPA for the base attention, and the translation of SDPA's masks for them.
 
-A kernel attends where it can express the mask, and SDPA everywhere else, so that a choice of kernel changes speed and
-memory alone.
+If a kernel cannot express a mask, SDPA computes the attention, so the choice of kernel changes only speed and memory.
 """
 
 import copy
@@ -20,17 +19,17 @@ from ..functional import block_mask, once_per_mask
 
 
 FLEX = "flex_attention"
-# How packed documents reach FlashAttention, which reads them off the mask here.
+# Arguments that describe packed documents to FlashAttention. Here they are derived from the mask instead.
 PACKING_OPTIONS = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def can_be_base(name: str) -> bool:
-    """Whether an attention implementation is a FlashAttention, FlexAttention, or registered with the masks of SDPA."""
+    """Returns whether an attention implementation is FlashAttention, FlexAttention, or takes the masks of SDPA."""
     return name == FLEX or _is_flash(name) or AttentionMaskInterface().get(name) is sdpa_mask
 
 
 def serves_cross_attention(name: str) -> bool:
-    """Whether a kernel takes masks of cross-attention: FlashAttention would take padded keys for padded queries."""
+    """Returns whether a kernel supports cross-attention masks; FlashAttention would treat them as query padding."""
     return not _is_flash(name)
 
 
@@ -45,7 +44,7 @@ def attend_with(
     is_causal: bool,
     **options: Any,
 ) -> Tensor | None:
-    """Attention by a kernel, if it can express the mask.
+    """Computes attention by a kernel, if it can express the mask.
 
     Args:
         name: the attention implementation.
@@ -58,7 +57,7 @@ def attend_with(
         options: further arguments of the attention implementation.
 
     Returns:
-        `(B, Q, H, D)`, or `None` where the kernel cannot.
+        The output `(B, Q, H, D)`, or `None` if the kernel cannot express the mask.
     """
     attend = AttentionInterface()[name]
     states = (query, key, value)
@@ -74,12 +73,12 @@ def attend_with(
 
 @dataclass(frozen=True)
 class Packing:
-    """The real tokens of a batch, one after the other, and where each run of tokens that see each other begins.
+    """The non-padding tokens of a batch as one sequence, split into documents that do not attend to each other.
 
     Args:
-        index: `(N,)`, the real tokens among all `B * L`.
-        starts: `(D + 1,)`, int32: the first token of each run among the real ones, and `N`.
-        longest: tokens of the longest run.
+        index: `(N,)`, positions of the non-padding tokens among all `B * L`.
+        starts: `(documents + 1,)`, int32, index of the first token of each document, then `N`.
+        longest: number of tokens in the longest document.
     """
 
     index: Tensor
@@ -88,16 +87,16 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Tensor, batch_size: int, is_causal: bool, window: int | None = None) -> "Packing | None":
-        """Reads it off a mask of self-attention.
+        """Derives the packing from a self-attention mask.
 
         Args:
             mask: `(B|1, H|1, Q|1, L)`.
             batch_size: `B`.
-            is_causal: whether tokens see no later ones.
-            window: tokens see those at a distance below it; all if `None`.
+            is_causal: whether later tokens are masked.
+            window: tokens at this distance or more are masked; `None` masks none.
 
         Returns:
-            `None` for any mask that hides something else than other documents, padding, later and distant tokens.
+            The packing, or `None` if the mask differs from documents, padding, causal order and window.
 
         Example:
 
@@ -119,7 +118,7 @@ class Packing:
         expected &= (distance >= 0) if is_causal else (distance.abs() < length)
         if window is not None:
             expected &= distance.abs() < window
-        # What padding sees is nobody's business.
+        # Rows of padding queries do not matter: their outputs are not used.
         if not torch.equal(mask & is_real[..., None], expected & is_real[..., None]):
             return None
         index = is_real.flatten().nonzero().squeeze(-1)
@@ -162,8 +161,8 @@ def _is_flash(name: str) -> bool:
 
 
 def _named(module: nn.Module, name: str) -> nn.Module:
-    """The module with a config that names the kernel, where FlashAttention looks up which version it is to be."""
+    """Returns a copy of the module whose config names the kernel, from which FlashAttention takes its version."""
     module = copy.copy(module)
     module.config = copy.copy(module.config)
-    module.config._attn_implementation_internal = name  # The other way it would name it in shared sub-configs, too.
+    module.config._attn_implementation_internal = name  # The public property would change shared sub-configs.
     return module

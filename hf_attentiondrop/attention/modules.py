@@ -1,4 +1,4 @@
-"""Which modules of a model attend through Transformers' attention interface, and where each is in its model."""
+"""The modules of a model that call Transformers' attention interface, and the place of each in its model."""
 
 import functools
 import inspect
@@ -12,9 +12,9 @@ from torch import nn
 
 
 ATTENTION_KINDS = ("encoder_self", "decoder_self", "cross")
-# Name of the attention interface in model files.
+# The attention interface as model files name it.
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-# Names of cross-attention in model files, and of the arguments that bring in the other sequence.
+# Parts of the names of cross-attention modules in model files, and arguments with the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
 
@@ -38,10 +38,10 @@ class Place:
 
 @functools.cache
 def uses_attention_interface(module_class: type[nn.Module]) -> bool:
-    """Returns whether a module's forward looks up its attention function in the interface, judging by its source.
+    """Returns whether the source of a module's forward looks up its attention function in the interface.
 
     Transformers has no flag for this: a model that ignores the interface accepts any registered name and silently
-    runs something else.
+    runs another attention.
     """
     try:
         source = inspect.getsource(module_class.forward)
@@ -49,12 +49,12 @@ def uses_attention_interface(module_class: type[nn.Module]) -> bool:
         return False
     if INTERFACE not in source:
         return False
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # A comment may mention it, too.
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # Ignores comments.
     return any(token.type == tokenize.NAME and token.string == INTERFACE for token in tokens)
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the named modules of a model that attend through the interface."""
+    """Yields the modules of a model that call the attention interface, with their names."""
     for name, module in model.named_modules():
         module_class: type = type(module)
         if uses_attention_interface(module_class):
@@ -64,8 +64,8 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def places_of(model: nn.Module) -> dict[str, Place]:
     """Returns the place of every attention module, by name.
 
-    A stack is the path up to the first number, and that number is the layer. Where a stack consists of stages with
-    numbered blocks (Swin), the layers are the blocks that attend, counted across stages.
+    A stack is the path up to the first number, and that number is the layer. If a stack has stages with numbered
+    blocks (Swin), the layers are the blocks with attention, counted across stages.
     """
     modules = dict(attention_modules(model))
     paths = {name: _stack_and_block(model, name) for name in modules}
@@ -89,18 +89,18 @@ def _stack_and_block(model: nn.Module, name: str) -> tuple[str, str]:
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     if not numbers:
         return name, name
-    # Numbered siblings of different classes (T5's self-attention, cross-attention and feed-forward) are the inside of
-    # one layer, not layers.
+    # Numbered siblings of different classes (T5's self-attention, cross-attention and feed-forward) are parts of one
+    # layer.
     while len(numbers) > 1 and len({type(m) for m in model.get_submodule(".".join(parts[: numbers[-1]]))}) > 1:
         numbers.pop()
     return ".".join(parts[: numbers[0]]), ".".join(parts[: numbers[-1] + 1])
 
 
 def _kind_of(name: str, module: nn.Module) -> str:
-    """Returns the kind of an attention module, judging by names in the model file: calls of both kinds look alike."""
+    """Returns the kind of an attention module by the names in its model file, since the calls do not show it."""
     path = name.lower().split(".")
     numbers = [index for index, part in enumerate(path) if part.isdigit()]
-    # Below the layer's number: adapters wrap a module, and put names of their own behind the model file's.
+    # Only names below the layer number count, and at least the last two: adapters append names to the model file's.
     first = min(len(path) - 2, numbers[-1] + 1 if numbers else len(path))
     labels = (type(module).__name__.lower(), *path[max(first, 0) :])
     parameters = inspect.signature(type(module).forward).parameters
@@ -117,5 +117,5 @@ def _kind_of(name: str, module: nn.Module) -> str:
 def _is_causal(module: nn.Module) -> bool:
     if hasattr(module, "is_causal"):
         return bool(module.is_causal)
-    # A module that says nothing is causal to SDPA.
+    # Without the attribute or argument, SDPA treats a module as causal.
     return "is_causal" not in inspect.getsource(type(module).forward)

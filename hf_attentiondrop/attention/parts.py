@@ -1,4 +1,4 @@
-"""What a whole model is made of: its configs, and the modules that hold one."""
+"""The parts of a whole model: its configs, and the modules that hold a config."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def configs_of(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and its sub-configs, at any depth."""
+    """Yields a config and its sub-configs, at any depth."""
     yield config
     for name in config.sub_configs:
         if isinstance(sub_config := getattr(config, name, None), PreTrainedConfig):
@@ -19,10 +19,10 @@ class Holder(NamedTuple):
     """A module that holds a config.
 
     Args:
-        name: its name in the whole model.
-        module: the module; what it runs is what its own config says.
-        governing: the config that it is to follow, one of the whole model's: its own, or that of `owner`.
-        owner: the nearest Transformers model around it, itself included, whose config is one of the whole model's.
+        name: name of the module in the whole model.
+        module: the module; its own config names the attention implementation that it runs.
+        governing: the config of the whole model that the module should follow: its own, or that of `owner`.
+        owner: the nearest enclosing Transformers model, possibly the module itself, with a config of the whole model.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Holder(NamedTuple):
 
 
 def holders_of(model: PreTrainedModel) -> Iterator[Holder]:
-    """The modules of a whole model that hold a config.
+    """Yields the modules of a whole model that hold a config.
 
-    The config need not be one of the whole model's: T5 gives its stacks copies, a composite that is made of two models
-    replaces the config of each but not those of their layers, and a copied module brings a copied config along.
+    It may be a copy that the model's own config does not contain: T5 copies the config for its stacks, a composite of
+    two models replaces their configs but not those of their layers, and copying a module copies its config.
     """
     registered = {id(config) for config in configs_of(model.config)}
     seen = set()
@@ -56,7 +56,7 @@ def holders_of(model: PreTrainedModel) -> Iterator[Holder]:
 
 
 def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
-    """The Transformers models in a wrapper, by name: each [`~transformers.PreTrainedModel`] that is in no other.
+    """Returns the outermost Transformers models in a wrapper (PEFT, DDP, a plain module), by name.
 
     Raises:
         TypeError: if there is none.
@@ -75,7 +75,7 @@ def transformers_models(model: Any) -> dict[str, PreTrainedModel]:
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
-    """The first of [`transformers_models`].
+    """Returns the first of [`transformers_models`].
 
     Raises:
         TypeError: if there is none.

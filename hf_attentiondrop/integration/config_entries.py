@@ -1,10 +1,9 @@
-"""The entries `attention_drop` and `attention_reweighting` of every Transformers config, and so of config.json.
+"""The entries `attention_drop` and `attention_reweighting` of every Transformers config and config.json.
 
-Where no part of a model uses `attention_drop`, it matters where it came from. One that was read from config.json
-waits: checkpoints load with stock attention too. One that was given in a call, to `from_pretrained`, to the
-constructor of a config or by assignment, must have an effect, so a model that is built with it and would ignore it is
-refused. All settings at once in a call of the constructor are the exception: a copy made by way of `to_dict` looks the
-same.
+If no part of a model uses `attention_drop`, its origin decides. An entry read from config.json is kept without effect,
+because checkpoints also load with stock attention. An entry given in code (to `from_pretrained`, to the constructor of
+a config, or by assignment) must have an effect, so building a model that would ignore it raises an error. The
+exception is a constructor call with all settings: it cannot be told from a copy made through `to_dict`.
 """
 
 import copy
@@ -28,38 +27,38 @@ logger = logging.getLogger(__name__)
 
 
 class GivenDict(dict):
-    """An entry that was given in a call, and that no model was built with yet."""
+    """An entry that was given in code and that no model has used yet."""
 
 
 class GivenList(list):
-    """The same of several methods."""
+    """The same for a list of methods."""
 
 
 def register_config_entries() -> None:
     """Adds both entries to [`~transformers.PreTrainedConfig`].
 
     Raises:
-        RuntimeError: if something else already put an attribute of that name there.
+        RuntimeError: if another package has already added an attribute of that name.
     """
     for entry in (AttentionDropEntry(ATTENTION_DROP_KEY), LearnedMethodEntry(LEARNED_KEY)):
         existing = PreTrainedConfig.__dict__.get(entry.key)
         if existing is not None and not isinstance(existing, (AttentionDropEntry, LearnedMethodEntry)):
             raise RuntimeError(
-                f"`PreTrainedConfig.{entry.key}` already exists ({existing!r}), put there by another package: two "
-                "owners of one key in config.json would overwrite each other. Import only one of them in this process."
+                f"`PreTrainedConfig.{entry.key}` already exists ({existing!r}), added by another package: the two "
+                "would overwrite each other's entry in config.json. Import only one of them in a process."
             )
         setattr(PreTrainedConfig, entry.key, entry)
 
 
 class LearnedMethodEntry:
-    """The entry `attention_reweighting`: it tells the meaning of a model's learned weights, so it is fixed with them.
+    """The entry `attention_reweighting`, which describes a model's learned weights and is fixed once they exist.
 
-    It lives as a plain dict among the config's own attributes, so it is saved to config.json and restored, and stock
-    Transformers ignores it. As a data descriptor it also makes `from_pretrained(..., attention_reweighting=...)` reach
-    the config. Reading it gives the method, or `None` where nothing was set.
+    The config stores it as a plain dict attribute, so it is saved to config.json and restored, and stock Transformers
+    ignores it. Because it is a data descriptor, `from_pretrained(..., attention_reweighting=...)` sets it. Reading it
+    returns the method, or `None` if it is not set.
 
-    Once weights exist the config also names its `attn_implementation`, and config.json with it: the checkpoint needs
-    no argument to load, and does not load where that name is unknown.
+    Once weights exist, the config and config.json also name the `attn_implementation`: the checkpoint loads without
+    that argument, and raises an error where the name is unknown.
     """
 
     def __init__(self, key: str) -> None:
@@ -75,7 +74,7 @@ class LearnedMethodEntry:
         if is_attached and (value is None or learned_method_from(value) != existing):
             raise ValueError(
                 f"`{self.key}` cannot change to {value!r}: a model with learned weights for {existing!r} was built "
-                "with this config, and they would mean something else. Build another model from another config."
+                "with this config, and its weights would be misinterpreted. Build a new model from a new config."
             )
         if value is None:
             config.__dict__.pop(self.key, None)
@@ -91,12 +90,12 @@ class LearnedMethodEntry:
 class AttentionDropEntry:
     """The entry `attention_drop`, which a composite config shares with its sub-configs.
 
-    Like [`LearnedMethodEntry`] it lives as plain JSON among the config's own attributes: a dict, or a list of dicts.
-    Reading it gives one [`Perturbation`], a tuple of them for a list, or `None` where nothing was set. An assignment
-    reaches the models that were built with the config.
+    Like [`LearnedMethodEntry`], the config stores it as plain JSON: a dict, or a list of dicts. Reading it returns one
+    [`Perturbation`], a tuple of them for a list, or `None` if it is not set. An assignment takes effect in the models
+    that were built with the config.
 
-    An entry that was read from config.json and that this release does not understand is kept, with a warning, since
-    the model may run without it. Reading it gives the plain value.
+    An entry from config.json that this release cannot parse is kept with a warning, because the model can run without
+    it. Reading it then returns the plain value.
     """
 
     def __init__(self, key: str) -> None:
@@ -116,8 +115,8 @@ class AttentionDropEntry:
         entry = None if value is None else self._entry(config, value)
         configs = list(configs_of(config))
         previous = [part.__dict__.get(self.key) for part in configs]
-        # While a config is being built the sub-configs bring their own values, and differences that were saved between
-        # them must survive.
+        # While a config is being built, its sub-configs keep their own values: they may have been saved with different
+        # ones.
         self._share(config, entry, keeps_own=_is_being_built(config))
         try:
             _configure_states(configs)
@@ -134,9 +133,9 @@ class AttentionDropEntry:
         except (TypeError, ValueError) as error:
             if not is_read:
                 raise
-            _warn_once(f"{_unreadable(self.key, config, error)} It is kept, because other implementations ignore it.")
+            _warn_once(f"{_unreadable(self.key, config, error)} It is kept: other implementations ignore it.")
             return value
-        # A config that is built from all settings is a copy, made by way of `to_dict`.
+        # A config that is built from all settings is a copy made through `to_dict`.
         is_copied = _is_being_built(config) and _is_complete(value, entry)
         is_given = isinstance(value, (GivenDict, GivenList)) or not (is_read or is_copied)
         if not is_given:
@@ -152,7 +151,7 @@ class AttentionDropEntry:
 
 
 def to_entry(value: PerturbationLike | list[PerturbationLike]) -> dict[str, Any] | list[dict[str, Any]]:
-    """Returns what config.json holds for one perturbation or a list of them.
+    """Returns one perturbation, or a list of them, as config.json stores it.
 
     Raises:
         ValueError: as [`perturbations_from`].
@@ -166,7 +165,7 @@ def perturbations_of(config: PreTrainedConfig) -> tuple[Perturbation, ...]:
     """Returns the perturbations that a config holds, the default one if it has no entry.
 
     Raises:
-        ValueError: if the entry was read from config.json and this release does not understand it.
+        ValueError: if the entry was read from config.json and this release cannot parse it.
     """
     entry = config.__dict__.get(ATTENTION_DROP_KEY)
     try:
@@ -176,7 +175,7 @@ def perturbations_of(config: PreTrainedConfig) -> tuple[Perturbation, ...]:
 
 
 def accept_given_entries(configs: Iterable[PreTrainedConfig]) -> None:
-    """Marks the entries of these configs as those of the model that is being built with them."""
+    """Marks the given entries of these configs as used by a model."""
     for config in configs:
         entry = config.__dict__.get(ATTENTION_DROP_KEY)
         if isinstance(entry, (GivenDict, GivenList)):
@@ -184,14 +183,14 @@ def accept_given_entries(configs: Iterable[PreTrainedConfig]) -> None:
 
 
 def check_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
-    """Checks that no perturbation was given for a model that does not run it.
+    """Checks that no given perturbation is ignored.
 
     Args:
-        name: the model's class.
-        configs: those of its config and sub-configs that no part runs.
+        name: class of the model.
+        configs: its config and sub-configs whose entry no part of the model uses.
 
     Raises:
-        ValueError: if one of them holds an entry that was given in a call.
+        ValueError: if one of them has an entry that was given in code.
     """
     for config in configs:
         if isinstance(config.__dict__.get(ATTENTION_DROP_KEY), (GivenDict, GivenList)):
@@ -203,7 +202,7 @@ def check_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
 
 
 def _configure_states(configs: Iterable[PreTrainedConfig]) -> None:
-    """Tells the attention modules that the entries of these configs govern, if they run, what they hold now."""
+    """Updates the states of the running attention modules that these configs govern."""
     running = [state for state in states_of(configs) if state.peers]
     for state in running:
         state.configure(perturbations_of(state.config))
@@ -219,7 +218,7 @@ def _put(config: PreTrainedConfig, key: str, entry: Any) -> None:
 
 
 def _is_complete(value: Any, entry: Any) -> bool:
-    """Returns whether a value names all settings of the entry that was made of it."""
+    """Returns whether a value names all settings of the entry made from it."""
     if isinstance(entry, list):
         return all(_is_complete(*pair) for pair in zip(value, entry, strict=True))
     return isinstance(value, Mapping) and value.keys() >= entry.keys()
@@ -230,8 +229,8 @@ def _is_being_built(config: PreTrainedConfig) -> bool:
 
 
 def _is_read_from_file(config: PreTrainedConfig) -> bool:
-    """Returns whether a config is being built from the contents of a file, and not by a call of its constructor."""
-    # Transformers tells its configs neither, and both end in the same call of the constructor.
+    """Returns whether a config is being built from a file, as opposed to a constructor call in user code."""
+    # Both end in the same constructor call, so only the call stack shows the difference.
     stack = list(_stack())
     return any(_builds(frame, config) for frame in stack) and any(map(_reads, stack))
 

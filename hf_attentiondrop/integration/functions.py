@@ -22,13 +22,13 @@ from ..methods.method import LearnedWeights, Perturbation
 ATTENTION_DROP = "attentiondrop"
 
 SUPPORTED_KWARGS = ("position_bias", "softcap", "s_aux", "sinks")
-# Tensors in `**kwargs` that attention does not depend on: positions are in the keys and the mask by now, and the rest
-# is for kernels that take no mask, or for the loss.
+# Tensors in `**kwargs` that attention does not depend on: keys and mask already contain the positions, and the others
+# are for kernels without a mask, or for the loss.
 IGNORED_KWARGS = (
     *("position_ids", "cache_position", "max_length_q", "max_length_k"),
     *("num_items_in_batch", "labels", "shift_labels"),
 )
-# Where packed documents begin and end, for kernels that take no mask. Here the mask has to say the same.
+# Boundaries of packed documents, for kernels without a mask. Here the mask must contain them.
 PACKING_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 Active = tuple[tuple[Perturbation, Tensor], ...]
@@ -91,22 +91,22 @@ def reweighted_attention_forward(
         reweighting_states: `(B, Q, hidden_size)`, the hidden states that entered the module, from a hook.
         reweighting_memory: shared by the attention calls during one forward of the module, empty at first, from the
             same hook.
-        others: as in [`attention_drop_forward`]. Attention is perturbed in training if the config has an
+        others: see [`attention_drop_forward`]. Attention is perturbed in training if the config has an
             `attention_drop` entry.
 
     Returns:
-        As [`attention_drop_forward`]; the weights are the reweighted ones.
+        See [`attention_drop_forward`]; the attention weights are reweighted.
 
     Raises:
-        ValueError: as [`attention_drop_forward`], and for hidden states that do not fit the queries.
-        RuntimeError: if the module has no learned weights, or no hidden states arrived.
+        ValueError: see [`attention_drop_forward`]; also if the hidden states do not fit the queries.
+        RuntimeError: if the module has no learned weights, or got no hidden states.
     """
     _check_arguments(module, query, attention_mask, kwargs)
     call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     if not hasattr(module, "reweighting"):
         raise RuntimeError(
-            f"{type(module).__name__} runs {module.config._attn_implementation!r} without learned weights: it would "
-            "be plain attention under another name. Build the whole model with it, or call "
+            f"{type(module).__name__} runs {module.config._attn_implementation!r} without learned weights, so it "
+            "would compute plain attention. Build the whole model with this implementation, or call "
             "model.set_attn_implementation instead of changing the config."
         )
     active = _active(module)
@@ -128,7 +128,7 @@ def is_perturbable(module: nn.Module) -> bool:
 
 
 def perturbations_of_module(module: nn.Module) -> Active:
-    """Returns what perturbs an attention module in training, each with its scheduled value."""
+    """Returns the perturbations of an attention module in training, each with its scheduled value."""
     return module.attention_drop_state.active if is_perturbable(module) else ()
 
 
@@ -153,7 +153,7 @@ def _call(
 def _attend(
     call: AttentionCall, active: Active, learned: LearnedWeights | None = None, states: Tensor | None = None
 ) -> AttentionOutput:
-    """Runs the methods around each other, and the innermost around the base attention."""
+    """Nests the methods around the base attention, and computes the call."""
     attend: Attend = base_attention
     if learned is not None and learned.acts_on_scores:
         attend = _around(learned, states, attend)
@@ -187,13 +187,13 @@ def _for_queries_with_keys(attend: Attend) -> Attend:
 
 
 def _active(module: nn.Module) -> Active:
-    """Returns what perturbs the module now."""
+    """Returns the perturbations that act in this call."""
     if not module.training:
         return ()
     if not hasattr(module, "attention_drop_state"):
         name = module.config._attn_implementation or ATTENTION_DROP
         raise RuntimeError(
-            f"{type(module).__name__} runs {name!r} in training without belonging to a model that was built with "
+            f"{type(module).__name__} runs {name!r} in training, but does not belong to a model that was built with "
             "it, so its layer and kind are unknown. Build the whole model with "
             f'attn_implementation="{name}", or call model.set_attn_implementation("{name}") after adding modules.'
         )
@@ -205,10 +205,10 @@ def _check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, extr
         if name in PACKING_KWARGS and isinstance(value, torch.Tensor):
             if mixes_documents(mask, value, batch_size=len(query), length=query.shape[-2]):
                 raise ValueError(
-                    f"{type(module).__name__} passes `{name}` to its attention, which says that documents are packed "
-                    "into one row, and its mask lets them see each other: they would leak into each other. Pass "
-                    "position_ids that start anew with each document, no attention_mask, and use_cache=False: "
-                    "Transformers then makes the mask from them."
+                    f"{type(module).__name__} passes `{name}` to its attention, so documents are packed into one row, "
+                    "but its mask lets them attend to each other: they would leak into each other. Pass position_ids "
+                    "that restart at 0 in each document, no attention_mask, and use_cache=False: Transformers then "
+                    "builds the mask from them."
                 )
         elif name not in SUPPORTED_KWARGS + IGNORED_KWARGS and (
             isinstance(value, torch.Tensor) or (name == "cache" and value is not None)
@@ -217,7 +217,7 @@ def _check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, extr
                 f"{type(module).__name__} passes `{name}` to its attention, which hf_attentiondrop does not support: "
                 f"ignoring it would give wrong outputs. Supported arguments: {', '.join(SUPPORTED_KWARGS)}, "
                 'is_causal, output_attentions. Load this model with attn_implementation="sdpa" or "eager", or '
-                "drop the argument if it is yours."
+                "remove the argument if you added it."
             )
 
 
@@ -225,14 +225,14 @@ def _checked_states(call: AttentionCall, states: Tensor | None) -> Tensor:
     name = type(call.module).__name__
     if states is None:
         raise RuntimeError(
-            f"{name} did not pass the hidden states on to its attention function, so the learned weights could not "
-            "act. Its forward must pass on its keyword arguments; load the model with another attn_implementation."
+            f"{name} did not pass the hidden states on to its attention function, so the learned weights cannot act. "
+            "Its forward must pass its keyword arguments on; load the model with another attn_implementation."
         )
     batch_size, _, queries, _ = call.query.shape
     if states.shape[:2] != (batch_size, queries):
         raise ValueError(
-            f"{name} received hidden states of shape {tuple(states.shape)} and made queries of shape "
-            f"{tuple(call.query.shape)} from them: expected ({batch_size}, {queries}, hidden_size), one state for "
-            "each query. The learned weights cannot act on this model; load it with another attn_implementation."
+            f"{name} projected hidden states of shape {tuple(states.shape)} to queries of shape "
+            f"{tuple(call.query.shape)}: expected hidden states of shape ({batch_size}, {queries}, hidden_size), one "
+            "per query. The learned weights cannot act on this model; load it with another attn_implementation."
         )
     return states

@@ -1,4 +1,4 @@
-"""The warning for `generate` in training mode, where AttentionDrop perturbs what is generated."""
+"""A warning when `generate` runs in training mode, where AttentionDrop perturbs the attention."""
 
 import functools
 import logging
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_training_mode(model_class: type[PreTrainedModel]) -> None:
-    """Makes `generate` warn, once per process, where it runs on a model that is perturbed.
+    """Makes `generate` warn, once per process, if it runs on a model that is perturbed.
 
-    Dropout does the same, but many decoders have none, so that their text does not depend on the mode without
-    AttentionDrop. The method is wrapped once, for all classes, when the first model is built that may need it.
+    Many decoders have no dropout, so without AttentionDrop they generate the same text in both modes. `generate` is
+    wrapped once for all classes, when the first model that can generate is built.
     """
     if not model_class.can_generate():
         return
-    from transformers import GenerationMixin  # Slow to import, and there by now.
+    from transformers import GenerationMixin  # Slow to import; the model's own import has loaded it already.
 
     GenerationMixin.generate = wrapped(GenerationMixin.generate, _generate)
 
@@ -36,6 +36,6 @@ def _generate(self: PreTrainedModel, original: Any, *args: Any, **kwargs: Any) -
 @functools.cache
 def _warn_once() -> None:
     logger.warning(
-        "generate() runs on a model in training mode, and AttentionDrop perturbs attention in training: the output is "
-        "random, and worse than the model's. Call model.eval() first, and model.train() to go on training."
+        "generate() runs on a model in training mode, where AttentionDrop perturbs attention: the output is random "
+        "and of lower quality. Call model.eval() first, and model.train() to continue training."
     )

@@ -1,4 +1,4 @@
-"""The attention implementations of this package by name, and how a model or config is asked for them."""
+"""The attention implementations of this package by name, and the requests for them in models and configs."""
 
 import weakref
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from .functions import ATTENTION_DROP, attention_drop_forward, reweighted_attent
 
 FUNCTIONS = {ATTENTION_DROP: attention_drop_forward, **dict.fromkeys(LEARNED_METHODS, reweighted_attention_forward)}
 
-# In config.json the names carry the package's: without it Transformers stops at a name that says what to install.
+# Prefix of the names in config.json: without this package, the error of Transformers then shows which one is missing.
 PREFIX = "hf_attentiondrop."
 
 
 def resolve(requested: Any) -> Any:
-    """An `attn_implementation` argument, or config.json's entry, with the names that are registered here.
+    """Returns an `attn_implementation` argument or config.json entry without the package's prefix.
 
     >>> resolve({"text_config": "hf_attentiondrop.affine_scaled", "vision_config": "sdpa"})
     {'text_config': 'affine_scaled', 'vision_config': 'sdpa'}
@@ -36,7 +36,7 @@ def resolve(requested: Any) -> Any:
 
 
 def requests(config: PreTrainedConfig, requested: str | dict | None) -> Iterator[tuple[PreTrainedConfig, str]]:
-    """The config and sub-configs that an `attn_implementation` argument speaks of, each with the name it gives."""
+    """Yields the config and sub-configs that an `attn_implementation` argument sets, each with its new name."""
     own = requested.get("") if isinstance(requested, dict) else requested
     if own is not None:
         yield config, own
@@ -46,10 +46,10 @@ def requests(config: PreTrainedConfig, requested: str | dict | None) -> Iterator
 
 
 def check_parts(config: PreTrainedConfig, requested: Any) -> None:
-    """Refuses a dict that asks for an implementation of this package and names parts which a config does not have.
+    """Checks that a dict requesting an implementation of this package names only parts that the config has.
 
     Raises:
-        ValueError: naming the parts there are.
+        ValueError: if it names another part.
     """
     if not isinstance(requested, dict) or not FUNCTIONS.keys() & set(_names(requested)):
         return
@@ -60,13 +60,13 @@ def check_parts(config: PreTrainedConfig, requested: Any) -> None:
         elif key != "":
             known = f"Its parts are {parts}, and" if parts else "It has no parts;"
             raise ValueError(
-                f"attn_implementation={requested!r} names {key!r}, and {type(config).__name__} has no such part: it "
-                f"would be ignored in silence.{suggestion(key, parts)} {known} the key '' stands for the model itself."
+                f"attn_implementation={requested!r} names {key!r}, but {type(config).__name__} has no such part: it "
+                f"would be silently ignored.{suggestion(key, parts)} {known} the key '' selects the model itself."
             )
 
 
 def unknown_name(error: ValueError, name: Any) -> ValueError:
-    """The refusal by Transformers of a name that is not registered, with the names of this package added."""
+    """Returns the error of Transformers for an unknown name, with the names of this package added."""
     names = ", ".join(f'"{known}"' for known in FUNCTIONS)
     hint = suggestion(str(name).removeprefix(PREFIX), FUNCTIONS)
     if str(name).startswith(PREFIX):
@@ -75,36 +75,36 @@ def unknown_name(error: ValueError, name: Any) -> ValueError:
 
 
 def is_known(name: Any) -> bool:
-    """Whether Transformers has an attention implementation of this name."""
+    """Returns whether Transformers has an attention implementation of this name."""
     return name is None or name == "eager" or name in ALL_ATTENTION_FUNCTIONS.valid_keys()
 
 
 def uses_any(config: PreTrainedConfig) -> bool:
-    """Whether a config or one of its sub-configs runs an implementation of this package."""
+    """Returns whether a config or one of its sub-configs runs an implementation of this package."""
     return any(part._attn_implementation in FUNCTIONS for part in configs_of(config))
 
 
 def running_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of a model that run an implementation of this package."""
+    """Returns the attention modules of a model that run an implementation of this package."""
     return [module for _, module in attention_modules(model) if module.config._attn_implementation in FUNCTIONS]
 
 
 def place_running(model: PreTrainedModel) -> list[nn.Module]:
-    """Gives every attention module of a whole model its state, keeping what was counted, chosen and scheduled before.
+    """Sets the state of every attention module of a whole model; keeps counts, base attention and scheduled values.
 
     Returns:
-        As [`running_modules`].
+        The modules that run an implementation of this package, see [`running_modules`].
 
     Raises:
-        ValueError: if a module that runs has an entry in its config that this release does not understand.
+        ValueError: if the config of such a module has an entry that this release cannot parse.
     """
     holders, modules = {holder.name: holder for holder in holders_of(model)}, dict(attention_modules(model))
     for name, place in places_of(model).items():
         module, governing = modules[name], holders[name].governing
         previous = getattr(module, "attention_drop_state", None)
         for peer in [] if previous is None else previous.peers:
-            peer.peers = []  # It may belong to a module that is no longer in the model.
-        # A compiled model recompiles for another state.
+            peer.peers = []  # Its module may have left the model.
+        # Keep the object where possible: a compiled model recompiles for a new one.
         if previous is None or previous.config is not governing or previous.place != place:
             state = ModuleState(governing, place)
             if previous is not None:

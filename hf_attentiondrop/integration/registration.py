@@ -1,5 +1,12 @@
-"""What importing the package changes in Transformers: registry entries, two config entries, one checked property of
-configs, and four checked methods of models. The first model that may need it adds a warning to `generate`."""
+"""Registration with Transformers. Importing the package
+
+- registers its attention functions and their mask function under their names,
+- adds the properties `attention_drop` and `attention_reweighting` to `PreTrainedConfig`,
+- wraps the setter of `PreTrainedConfig._attn_implementation` and four methods of `PreTrainedModel`, `CHECKED_METHODS`.
+
+The wrappers do nothing for models that do not use this package. The first model that uses it and can generate also
+wraps `GenerationMixin.generate`, to add a warning.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -27,26 +34,26 @@ from .implementations import (
     uses_any,
 )
 from .support import check_class, check_modules
-from .switching import switch_the_rest, whole_or_nothing
+from .switching import all_or_nothing, switch_remaining
 from .wrapping import wrapped
 
 
 def register() -> None:
-    """Makes the attention implementations of this package known to Transformers. Called once, on import.
+    """Registers the attention implementations of this package with Transformers. Called once, on import.
 
     Raises:
-        RuntimeError: if another package holds one of the names.
+        RuntimeError: if another package has registered one of the names.
     """
-    # Without a mask function of the same name Transformers would hand over no mask at all.
+    # Without a mask function of the same name, Transformers passes no mask at all.
     masks = dict.fromkeys(FUNCTIONS, sdpa_mask)
     for interface, functions in ((AttentionInterface, FUNCTIONS), (AttentionMaskInterface, masks)):
         for name, function in functions.items():
             existing = interface._global_mapping.get(name)
             if existing not in (None, function):
                 raise RuntimeError(
-                    f"{interface.__name__} already holds {name!r} ({existing.__module__}.{existing.__qualname__}), "
+                    f"{interface.__name__} already has {name!r} ({existing.__module__}.{existing.__qualname__}), "
                     "registered by another package: models would silently run one of the two. Import only one of "
-                    "them in this process."
+                    "them in a process."
                 )
     register_config_entries()
     for name, function in FUNCTIONS.items():
@@ -54,20 +61,20 @@ def register() -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
     for name, method in CHECKED_METHODS.items():
         setattr(PreTrainedModel, name, wrapped(getattr(PreTrainedModel, name), method))
-    # All ways to ask for an implementation, config.json among them, end in this property.
+    # All requests for an implementation, including config.json, go through this property.
     requested: Any = PreTrainedConfig._attn_implementation
     PreTrainedConfig._attn_implementation = requested.setter(wrapped(requested.fset, _request))
 
 
 def _request(self: PreTrainedConfig, original: Any, value: str | dict | None) -> None:
-    """Checks the parts that a request names, and takes names with the package's prefix."""
+    """Checks the parts that a request names, and resolves names with the package's prefix."""
     value = resolve(value)
     check_parts(self, value)
     original(self, value)
 
 
 def _check_class(self: PreTrainedModel, original: Any, requested: str | None, *args: Any, **kwargs: Any) -> str:
-    """Refuses a class that would ignore the implementation, before its modules and weights exist."""
+    """Checks that a class supports the implementation, before its modules and weights exist."""
     try:
         implementation = original(self, requested, *args, **kwargs)
     except ValueError as error:
@@ -80,13 +87,13 @@ def _check_class(self: PreTrainedModel, original: Any, requested: str | None, *a
 
 
 def _complete_construction(self: PreTrainedModel, original: Any) -> None:
-    """Prepares a whole model, now that the modules are there."""
+    """Prepares a whole model once its modules exist."""
     original(self)
     is_ours = uses_any(self.config) or any(config.attention_reweighting for config in configs_of(self.config))
     if _is_part_of_a_model_being_built(self):
         return
     if is_ours:
-        with whole_or_nothing(self):
+        with all_or_nothing(self):
             _activate(self)
         record_implementations(self.config)
     else:
@@ -94,13 +101,13 @@ def _complete_construction(self: PreTrainedModel, original: Any) -> None:
 
 
 def _initialize_learned_weights(self: PreTrainedModel, original: Any) -> None:
-    """Initialises learned weights as they ask for, not as the model's class would."""
+    """Initializes learned weights by their own rule instead of the model's."""
     reset_missing(self)
     original(self)
 
 
 def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-    """Switches a whole model or nothing: Transformers itself would warn and leave some of it as it is."""
+    """Switches the whole model or raises; Transformers warns and leaves some modules unchanged."""
     attn_implementation = resolve(attn_implementation)
     check_parts(self.config, attn_implementation)
     requested = {id(config): name for config, name in requests(self.config, attn_implementation)}
@@ -114,15 +121,15 @@ def _switch(self: PreTrainedModel, original: Any, attn_implementation: str | dic
     for module, name in modules:
         if isinstance(module, PreTrainedModel) and name in FUNCTIONS:
             check_class(type(module), name)
-    with whole_or_nothing(self):
+    with all_or_nothing(self):
         original(self, attn_implementation, *args, **kwargs)
-        switch_the_rest(self, requested)
+        switch_remaining(self, requested)
         if uses_any(self.config):
             _activate(self)
     record_implementations(self.config)
 
 
-# Methods of `PreTrainedModel`, and what is put around them.
+# Methods of `PreTrainedModel` and the functions that wrap them.
 CHECKED_METHODS: dict[str, Callable[..., Any]] = {
     "get_correct_attn_implementation": _check_class,
     "post_init": _complete_construction,
@@ -132,13 +139,13 @@ CHECKED_METHODS: dict[str, Callable[..., Any]] = {
 
 
 def _parts(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The Transformers models that a model is made of, itself included."""
+    """Returns the Transformers models inside a model, including itself."""
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _is_part_of_a_model_being_built(model: PreTrainedModel) -> bool:
-    # Only the whole model can be judged: a convolutional backbone has no attention, and a decoder alone no encoder. A
-    # part does not know its owner; the call stack does.
+    # Checks apply to whole models only: a convolutional backbone has no attention, and that is no error. A part has no
+    # reference to the model around it, but the constructor of that model is on the call stack.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         builder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
@@ -149,17 +156,17 @@ def _is_part_of_a_model_being_built(model: PreTrainedModel) -> bool:
 
 
 def _activate(model: PreTrainedModel) -> None:
-    """Prepares a whole model for what its modules are to run, by their configs.
+    """Prepares a whole model for the implementations in its configs.
 
     Raises:
-        ValueError: if it cannot run that.
+        ValueError: if it does not support them.
     """
     resolve_entries(model.config)
     configs = list(configs_of(model.config))
     entries = [
         config.__dict__.get(ATTENTION_DROP_KEY) for config in configs if config._attn_implementation in FUNCTIONS
     ]
-    # A composite's own entry is that of its parts.
+    # A composite config shares its entry with its sub-configs.
     idle = [config for config in configs if config.__dict__.get(ATTENTION_DROP_KEY) not in entries]
     check_given_entries(type(model).__name__, idle)
     accept_given_entries(configs)
@@ -167,8 +174,8 @@ def _activate(model: PreTrainedModel) -> None:
         if part.config._attn_implementation in FUNCTIONS:
             check_class(type(part), part.config._attn_implementation)
     running = [(module, module.config._attn_implementation) for module in place_running(model)]
-    asked = next(config._attn_implementation for config in configs if config._attn_implementation in FUNCTIONS)
-    check_modules(model, [module for module, _ in running], asked)
+    name = next(config._attn_implementation for config in configs if config._attn_implementation in FUNCTIONS)
+    check_modules(model, [module for module, _ in running], name)
     perturbed = [module for module, _ in running if is_perturbable(module)]
     states = [module.attention_drop_state for module in perturbed]
     selections = [(state.place, state.perturbations) for state in states]

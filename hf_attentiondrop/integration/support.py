@@ -1,7 +1,7 @@
-"""Which models can run AttentionDrop, and the refusal of those that cannot.
+"""Checks that a model supports the attention implementations of this package.
 
-Transformers accepts any registered name for any model and checks nothing. What a class does with its attention is read
-off its source, as Transformers itself does in `_can_set_attn_implementation`.
+Transformers accepts any registered name for any model without a check. Whether a class uses the attention interface
+shows only in its source, which Transformers' own `_can_set_attn_implementation` reads too.
 """
 
 import functools
@@ -26,63 +26,63 @@ _CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_im
 
 
 def check_class(model_class: type[PreTrainedModel], name: str) -> None:
-    """Refuses a model class by its source, before any module or weight exists.
+    """Checks a model class by its source, before any module or weight exists.
 
     Args:
         model_class: the class.
-        name: the attention implementation that was asked for.
+        name: the requested attention implementation.
 
     Raises:
-        ValueError: naming the class, the reason and what does work.
+        ValueError: if it does not support the implementation; the message gives the reason and alternatives.
     """
     if not model_class._can_set_attn_implementation():
-        raise _refusal(
+        raise _unsupported(
             model_class,
             name,
             "does not dispatch its attention through Transformers' attention interface",
-            "would be ignored, or masked wrongly, without a word",
+            "would be silently ignored or applied with the wrong mask",
         )
     source = _module_source(model_class.__module__)
     if _CLASSES_BY_IMPLEMENTATION.search(source):
-        raise _refusal(
+        raise _unsupported(
             model_class,
             name,
-            "picks an attention class by the name of the implementation, from a fixed list",
-            "is a name that it does not know",
+            "selects its attention class by implementation name from a fixed list",
+            "is unknown to it",
         )
 
 
 def check_modules(model: PreTrainedModel, modules: Iterable[nn.Module], name: str) -> None:
-    """Refuses a built model by its attention modules.
+    """Checks the attention modules of a built model.
 
     Args:
         model: the whole model.
-        modules: those of its attention modules that are to run one of our implementations.
-        name: the one that was asked for.
+        modules: its attention modules that run an implementation of this package.
+        name: the requested implementation.
 
     Raises:
-        ValueError: if there are none, or if a missing mask would mean that a decoder sees later tokens.
+        ValueError: if there are no such modules, or if a decoder would see later tokens for lack of a mask.
     """
     modules = list(modules)
     if not modules and (others := {module.config._attn_implementation for _, module in attention_modules(model)}):
         parts = ", ".join(model.config.sub_configs)
         raise ValueError(
-            f"{type(model).__name__} was asked for attn_implementation={name!r}, and no attention module of its parts "
-            f"({parts}) runs it, but {', '.join(map(repr, sorted(others)))}: it would have no effect. Build the parts "
-            f'with it, or call model.set_attn_implementation("{name}") once the model is built without it.'
+            f"{type(model).__name__} got attn_implementation={name!r}, but all attention modules of its parts "
+            f"({parts}) run {', '.join(map(repr, sorted(others)))}: it would have no effect. Build the parts with it, "
+            f'or build the model without it and call model.set_attn_implementation("{name}").'
         )
     if not modules:
-        raise _refusal(
+        raise _unsupported(
             type(model),
             name,
             "has no attention that goes through Transformers' attention interface",
             "would have no effect on it",
         )
     if any(map(_is_unmarked_decoder, modules)):
-        raise _refusal(
+        raise _unsupported(
             type(model),
             name,
-            "has a decoder that is not marked causal and relies on a mask that only eager attention is given",
+            "has a decoder that is not marked causal and needs a mask that only eager attention gets",
             "would let it see later tokens",
         )
 
@@ -92,7 +92,7 @@ def _is_unmarked_decoder(module: nn.Module) -> bool:
     return is_decoder and getattr(module, "is_causal", None) is False
 
 
-def _refusal(model_class: type, name: str, reason: str, consequence: str) -> ValueError:
+def _unsupported(model_class: type, name: str, reason: str, consequence: str) -> ValueError:
     return ValueError(f"{model_class.__name__} {reason}, so attn_implementation={name!r} {consequence}. {_REMEDY}")
 
 

@@ -1,7 +1,7 @@
-"""Switching all of a model to another attention implementation, or nothing of it.
+"""Switching a whole model to another attention implementation, or raising without any change.
 
-What a module runs is what its own config says when it is called. `set_attn_implementation` changes the configs of the
-Transformers models that it finds; those that only layers hold, and in older releases more of them, stay as they are.
+A module runs the implementation that its own config names. `set_attn_implementation` changes the configs of the
+Transformers models inside a model, but not those that only a layer holds (older releases miss even more).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ from .implementations import FUNCTIONS
 
 
 @contextmanager
-def whole_or_nothing(model: PreTrainedModel) -> Iterator[None]:
-    """Restores the configs and module states of a model if anything is raised."""
+def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
+    """Restores the configs and module states of a model if the block raises."""
     modules = [holder.module for holder in holders_of(model)]
     configs = {id(config): config for config in [*configs_of(model.config), *(module.config for module in modules)]}
     entries = [(config, dict(config.__dict__)) for config in configs.values()]
@@ -36,15 +36,15 @@ def whole_or_nothing(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def switch_the_rest(model: PreTrainedModel, requested: Mapping[int, str]) -> None:
-    """Switches what Transformers left behind, as far as implementations of this package come or go.
+def switch_remaining(model: PreTrainedModel, requested: Mapping[int, str]) -> None:
+    """Switches the modules that Transformers left unchanged, if the old or new implementation is of this package.
 
     Args:
         model: the whole model, after Transformers has switched it.
-        requested: attention implementation that was asked for, by `id` of the model's config and sub-configs.
+        requested: requested attention implementation, by `id` of the model's config and sub-configs.
 
     Raises:
-        RuntimeError: if a module still runs something else, naming it.
+        RuntimeError: if a module still runs another implementation.
     """
     holders = [holder for holder in holders_of(model) if id(holder.governing) in requested]
     for config in configs_of(model.config):
@@ -60,13 +60,13 @@ def switch_the_rest(model: PreTrainedModel, requested: Mapping[int, str]) -> Non
         name, wanted = holder.module.config._attn_implementation, requested[id(holder.governing)]
         if _differs(name, wanted):
             raise RuntimeError(
-                f"{type(model).__name__} was asked for attn_implementation={wanted!r}, and its module {holder.name!r} "
-                f"({type(holder.module).__name__}) still runs {name!r}: half of the model would run something else, "
-                "in silence. The model is left as it was. Build it anew with the implementation, "
+                f"{type(model).__name__} was switched to attn_implementation={wanted!r}, but its module "
+                f"{holder.name!r} ({type(holder.module).__name__}) still runs {name!r}: part of the model would "
+                "silently run another implementation. The model is unchanged. Load it again with "
                 f"from_pretrained(..., attn_implementation={wanted!r})."
             )
 
 
 def _differs(name: str, wanted: str) -> bool:
-    """Whether a module runs another implementation than it should, and one of the two is of this package."""
+    """Returns whether two implementations differ and one of them is of this package."""
     return name != wanted and (name in FUNCTIONS or wanted in FUNCTIONS)

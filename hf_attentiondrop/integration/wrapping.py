@@ -1,4 +1,4 @@
-"""Wrapping functions of Transformers, once."""
+"""Wrapping a function of Transformers exactly once."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def wrapped(original: Any, around: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method that calls `around(self, original, *args, **kwargs)`, or the original if it is one already."""
+    """Returns a method that calls `around(self, original, *args, **kwargs)`; a wrapped original is returned as is."""
     if getattr(original, "_wrapped_by_attentiondrop", False):
         return original
 

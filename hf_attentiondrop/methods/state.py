@@ -119,7 +119,7 @@ class ModuleState:
         return [value.item() for value in self._values[: len(self.perturbations)]]
 
     def restore(self, attributes: Mapping[str, Any], values: Iterable[float]) -> None:
-        """Undoes changes, see [`~integration.switching.whole_or_nothing`]."""
+        """Undoes changes, see [`~integration.switching.all_or_nothing`]."""
         self.__dict__.update(attributes)
         for tensor, value in zip(self._values, values, strict=False):
             tensor.fill_(value)

@@ -21,7 +21,7 @@ module                               kind          layer  implementation  in tra
 -----------------------------------  ------------  -----  --------------  ------------------------  -----
 bert.encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
 bert.encoder.layer.1.attention.self  encoder_self  1      attentiondrop   hard p=0.1 k=5 fill=mask  0
-attention dropout in 2 of them: on CUDA these hold all scores at any length, since FlexAttention has no dropout
+attention dropout forces a full score matrix on CUDA in 2 of them (FlexAttention has no dropout)
 """
 
 
