@@ -1,8 +1,8 @@
-"""Runs the tests with the installed versions of torch and Transformers, and records the outcome in docs/versions.md.
+"""Runs the tests with the installed versions of torch and Transformers, and records the result in docs/versions.md.
 
     python docs/generate_versions_table.py -n 2 --dist loadgroup
 
-Arguments are handed on to pytest. A row replaces an earlier one of the same versions.
+Arguments are passed on to pytest. A new row replaces the row of the same versions.
 """
 
 import argparse
@@ -21,12 +21,12 @@ TABLE = ROOT / "docs" / "versions.md"
 HEADER = """\
 # Versions
 
-Every row is one run of all tests by `python docs/generate_versions_table.py -n 2 --dist loadgroup`, which writes it.
-`constraints.txt` pins the newest versions, and `constraints-lowest.txt` the oldest supported ones, for `make
-test-versions`.
+Each row is one run of all tests, recorded by `python docs/generate_versions_table.py -n 2 --dist loadgroup`.
+`constraints.txt` pins the newest versions and `constraints-lowest.txt` the oldest supported ones, which
+`make test-versions` uses.
 
-*Absent* counts tests of models and features that these versions of the libraries do not have, *GPU* those that need a
-GPU, where there was none.
+*Absent* counts skipped tests of models and features that these versions do not have. *GPU* counts tests skipped for
+lack of a GPU.
 
 | torch | transformers | Python | passed | failed | absent | GPU |
 |---|---|---|---:|---:|---:|---:|
@@ -34,7 +34,7 @@ GPU, where there was none.
 
 
 def outcome(case: ElementTree.Element) -> str:
-    """`"passed"`, `"failed"`, `"absent"` or `"gpu"`; pytest's reason tells why a test was skipped."""
+    """Returns `"passed"`, `"failed"`, `"absent"` or `"gpu"`; the last two are skipped tests."""
     if case.find("failure") is not None or case.find("error") is not None:
         return "failed"
     skipped = case.find("skipped")
