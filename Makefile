@@ -1,8 +1,8 @@
-# Each target makes a virtual environment first, if there is none. Another Python: make test PYTHON=python3.12
+# Each target creates a virtual environment if there is none. To use another Python: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# Tests of one group share what was trained or launched once, so that one worker takes them all.
+# Tests in one xdist group share a training run or launch, so one worker must run them all.
 PYTEST_OPTIONS = -n 2 --dist loadgroup
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
@@ -12,15 +12,15 @@ demo: $(VENV)/recipes.installed
 	$(VENV)/bin/accelerate launch recipes/image_classification.py --output_dir runs/demo --overwrite_output_dir \
 		--evaluate_robustness
 
-# All but what is marked slow: whole trainings, most launches of several processes, most of what compiles.
+# All tests except those marked slow: full trainings, most multi-process launches, most compilation.
 test: install
 	$(PYTEST) -m "not slow"
 
 test-all: install
 	$(PYTEST) --durations=20
 
-# All tests on the oldest versions that are supported, in .venv-lowest; the outcome goes into docs/versions.md. They are
-# downloaded first, torch among them, as pip finds it for this machine: gigabytes with the libraries of CUDA.
+# All tests with the oldest supported versions, in .venv-lowest; records the result in docs/versions.md. Downloads these
+# versions first, including torch as pip selects it for this machine: several gigabytes with CUDA libraries.
 test-versions:
 	$(MAKE) install VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 	$(VENV)-lowest/bin/python docs/generate_versions_table.py $(PYTEST_OPTIONS)

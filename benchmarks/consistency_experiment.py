@@ -1,9 +1,9 @@
-"""What the weight of the consistency term does to accuracy and calibration: the text recipe at several weights.
+"""Effect of the weight of the consistency term on accuracy and calibration, with the text recipe.
 
     python benchmarks/consistency_experiment.py
 
-Each weight is trained with the same seeds, on the same passages of Python's documentation, for the same number of
-steps; a weight above 0 costs two passes per step. Longer runs: `--epochs 15 --max_length 64`, as the recipe has it.
+All weights train with the same seeds, on the same passages of Python's documentation, for the same number of steps; a
+positive weight takes two passes per step. For longer runs, as in the recipe, use `--epochs 15 --max_length 64`.
 """
 
 import argparse
@@ -32,15 +32,15 @@ def table(summary: list[dict], setup: dict) -> str:
         "",
         f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s); {versions}.",
         "",
-        "A small BERT from scratch tells the topic of passages of Python's documentation: "
-        f"{setup['train_samples']} to train on, {setup['eval_samples']} held out, the same in all runs. The most "
-        f"frequent class alone gives an accuracy of {setup['majority_accuracy']:.4f}. AttentionDrop "
-        "(hard, p = 0.1, k = 5) and the model's own dropout are on in all runs.",
+        "A small BERT, trained from scratch, classifies passages of Python's documentation by topic: "
+        f"{setup['train_samples']} for training, {setup['eval_samples']} held out, the same in all runs. Always "
+        f"predicting the most frequent class has an accuracy of {setup['majority_accuracy']:.4f}. All runs use "
+        "AttentionDrop (hard, p = 0.1, k = 5) and the model's own dropout.",
         "",
-        f"Means over {len(setup['seeds'])} seeds ± half of the {CONFIDENCE:.0%} interval by the t-distribution, which "
-        "covers the randomness of training, not that of the choice of passages; differences are paired by seed, "
-        f"against weight {summary[0]['weight']:g}. The calibration error is the expected one over 15 bins; lower is "
-        "better, as for the negative log-likelihood.",
+        f"Means over {len(setup['seeds'])} seeds ± half-width of the {CONFIDENCE:.0%} confidence interval "
+        "(t-distribution), which covers the randomness of training but not of the choice of passages; differences are "
+        f"paired by seed, relative to weight {summary[0]['weight']:g}. Calibration error is the expected calibration "
+        "error with 15 bins. Lower is better for calibration error and negative log-likelihood.",
         "",
         "| weight | " + " | ".join(f"{name} | difference" for name in MEASURES.values()) + " |",
         "|---:|" + "---:|" * (2 * len(MEASURES)),

@@ -1,11 +1,11 @@
-"""Memory and time of the consistency loss beside its plain form, forward and backward.
+"""Memory and time of the consistency loss compared to a plain implementation, forward and backward.
 
     python benchmarks/consistency_loss.py
     python benchmarks/consistency_loss.py --device cuda
 
-The logits of both passes are there before. What is measured is what the loss adds, with the gradient of the logits.
-Memory: each case runs in a fresh process, which reports how far its resident memory rose above what it held when the
-logits were in place (on a GPU: its allocated memory). Time: medians of runs that alternate between the two forms.
+The logits of both passes exist before the measurement, which covers the loss and the gradient of the logits.
+Memory: the rise of resident memory (on a GPU, allocated memory) above that with the logits, each case in a new
+process. Time: medians of runs that alternate between the two implementations.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def plain_loss(logits: Tensor, weights: Tensor, divergence: str) -> Tensor:
-    """The loss as it is commonly written."""
+    """Computes the loss in the usual way."""
 
     def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
@@ -58,8 +58,8 @@ def step(form: str, logits: Tensor, weights: Tensor, divergence: str) -> None:
 
 
 def peak_of_step(form: str, items: int, classes: int, dtype: str, divergence: str, device: str) -> float:
-    """Extra peak memory of one step."""
-    step(form, *make_inputs(2, 100, dtype, device), divergence)  # loads what is loaded on first use
+    """Returns the extra peak memory of one step."""
+    step(form, *make_inputs(2, 100, dtype, device), divergence)  # initializes lazy state
     logits, weights = make_inputs(items, classes, dtype, device)
     return peak_megabytes(lambda: step(form, logits, weights, divergence), device)
 
@@ -67,7 +67,7 @@ def peak_of_step(form: str, items: int, classes: int, dtype: str, divergence: st
 def median_milliseconds(
     items: int, classes: int, dtype: str, divergence: str, device: str, repeats: int
 ) -> dict[str, float]:
-    """Median time of a step of each form."""
+    """Returns the median step time of each implementation."""
     logits, weights = make_inputs(items, classes, dtype, device)
 
     def step_of(form: str) -> None:
@@ -120,7 +120,7 @@ def main() -> None:
         for dtype in arguments.dtypes
         for divergence in arguments.divergences
     ]
-    # All memory first: a process that has done large work before would lend its free memory to its children.
+    # Measure memory first: children would inherit free memory from a process that has done large work.
     for case in cases:
         for form in FORMS:
             settings = (form, *sizes, case["dtype"], case["divergence"], arguments.device)

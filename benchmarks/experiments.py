@@ -1,4 +1,4 @@
-"""What the experiments share: a recipe's run with options, and means with their intervals."""
+"""Shared by the experiments: runs of recipes, and means with confidence intervals."""
 
 import importlib
 import json
@@ -16,14 +16,14 @@ CONFIDENCE = 0.95
 
 
 def run_recipe(name: str, folder: str, **options: Any) -> dict[str, Any]:
-    """Trains once, without checkpoints or evaluation on the way, and gives the recipe's metrics.
+    """Runs a recipe without checkpoints and intermediate evaluations, and returns its metrics.
 
     Args:
-        name (`str`): the recipe's file, without its ending.
-        folder (`str`): where the run leaves its files.
-        options: arguments of the recipe.
+        name (`str`): File name of the recipe, without extension.
+        folder (`str`): Output folder.
+        options: Flags of the recipe.
     """
-    # Nothing that is used here is on the Hub.
+    # The built-in tasks need nothing from the Hub.
     os.environ["HF_HUB_OFFLINE"] = "1"
     if str(RECIPES) not in sys.path:
         sys.path.insert(0, str(RECIPES))
@@ -33,15 +33,15 @@ def run_recipe(name: str, folder: str, **options: Any) -> dict[str, Any]:
 
 
 def mean_and_interval(values: list[float]) -> dict[str, float]:
-    """The mean, and half the width of its confidence interval by the t-distribution."""
+    """Returns the mean and the half-width of its confidence interval (t-distribution)."""
     standard_error = np.std(values, ddof=1) / len(values) ** 0.5
     quantile = t_distribution.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return {"mean": float(np.mean(values)), "half_width": float(quantile * standard_error)}
 
 
 def summarize(runs: list[dict[str, Any]], by: str, measures: list[str]) -> list[dict[str, Any]]:
-    """For each value of `by`, in the order of the runs, the measures, and their differences from the first value,
-    seed by seed."""
+    """Returns one row per value of `by`: the means of the measures, and of their per-seed differences from the first
+    value."""
     groups = {run[by]: [other for other in runs if other[by] == run[by]] for run in runs}
     first = next(iter(groups.values()))
     rows = []
@@ -57,12 +57,12 @@ def summarize(runs: list[dict[str, Any]], by: str, measures: list[str]) -> list[
 
 
 def cell(value: dict[str, float], sign: str = "", digits: int = 4) -> str:
-    """A mean and its interval, as a table shows them."""
+    """Formats a mean and its interval for a table."""
     return f"{value['mean']:{sign}.{digits}f} ± {value['half_width']:.{digits}f}"
 
 
 def write_results(folder: Path, name: str, results: dict[str, Any], table: str) -> None:
-    """Writes the results as JSON and as Markdown, and prints the latter."""
+    """Writes the results as JSON and Markdown, and prints the table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / f"{name}.md").write_text(table)

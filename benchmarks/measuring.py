@@ -1,4 +1,4 @@
-"""What the benchmarks of time and memory share."""
+"""Measuring time and memory, shared by the benchmarks."""
 
 import ctypes
 import gc
@@ -13,31 +13,31 @@ from typing import Any
 import torch
 
 
-# Of glibc: blocks of this size and more come from the system, and go back to it when they are freed.
+# Option of glibc's mallopt: blocks of at least this size are mapped separately and unmapped when freed.
 M_MMAP_THRESHOLD = -3
 
 
 def resident_megabytes(field: str) -> float:
-    """`VmRSS`, what this process holds now, or `VmHWM`, the most it ever held. (The maximum of getrusage counts the
-    process that started this one as well.)"""
+    """Returns `VmRSS`, the current memory of this process, or `VmHWM`, its peak, in 10⁶ bytes. (The peak in getrusage
+    includes that of the parent process.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {field}: memory of processors is measured on Linux only.")
+    raise RuntimeError(f"/proc/self/status has no {field}: CPU memory can only be measured on Linux.")
 
 
 def peak_megabytes(step: Callable[[], Any], device: str) -> float:
-    """How far memory rises during a step above what was held before, in 10⁶ bytes. On the CPU the step must be the
-    first large one of its process."""
+    """Returns the peak memory of a step above the memory before it, in 10⁶ bytes. On CPU the step must be the first
+    large one of its process."""
     if device == "cuda":
-        step()  # Compiles kernels and allocates workspaces, which stay.
+        step()  # Compiles kernels and allocates persistent workspaces.
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    # As CUDA's figure does, this is to show what is in use, and not what malloc keeps of what was freed.
+    # Like CUDA's counter, measure memory in use, without freed memory that malloc keeps.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     before = resident_megabytes("VmRSS")
     step()
@@ -45,8 +45,8 @@ def peak_megabytes(step: Callable[[], Any], device: str) -> float:
 
 
 def measure_memory(function: Callable[..., float], arguments: tuple[Any, ...], device: str) -> float:
-    """Calls a function that measures memory, on the CPU in a forked process of its own. CUDA counts the bytes in use,
-    so one process can measure many steps there, and compiles each kernel once."""
+    """Calls a function that measures memory, on CPU in a new forked process. On CUDA one process can measure many
+    steps, because the allocator counts bytes in use, and so compiles each kernel only once."""
     if device == "cuda":
         return function(*arguments)
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -56,8 +56,8 @@ def measure_memory(function: Callable[..., float], arguments: tuple[Any, ...], d
 def alternating_milliseconds(
     steps: Mapping[str, Callable[[], Any]], repeats: int, device: str
 ) -> dict[str, list[float]]:
-    """Times of steps that take turns, so that whatever else the machine does meets all of them alike; on one thread
-    the time of the processor, which leaves out what others had of it."""
+    """Returns the times of steps that run in turn, so that other load on the machine affects all of them equally. With
+    one CPU thread it measures process time, which excludes other processes."""
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
@@ -68,20 +68,20 @@ def alternating_milliseconds(
             step()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if repeat > 0:  # The first turn warms up.
+            if repeat > 0:  # The first round is warm-up.
                 times[name].append(1e3 * (clock() - start))
     return times
 
 
 def ratio_to(times: Mapping[str, list[float]], name: str, reference: str) -> dict[str, float]:
-    """Median of the ratios of times turn by turn, with their quartiles."""
+    """Returns the median and quartiles of the per-round time ratios, and the median time."""
     ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"ratio": median, "low": low, "high": high, "median_ms": statistics.median(times[name])}
 
 
 def hardware(device: str) -> str:
-    """What the benchmark ran on."""
+    """Returns the name of the GPU or CPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():

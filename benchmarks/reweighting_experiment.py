@@ -1,10 +1,10 @@
-"""What learned reweighting does to a language model from scratch: loss, gradient norms, first-token mass, entropy.
+"""Effect of learned reweighting on a language model trained from scratch: loss, gradient norms, attention statistics.
 
     python benchmarks/reweighting_experiment.py
 
-Each method trains the language-model recipe's LLaMA on Python's documentation, with the same seeds and the same steps,
-without AttentionDrop and consistency. Affine scaling and gates start as in their papers (`init=paper`), since
-nothing pretrained is to be preserved.
+Each method trains the language-model recipe's LLaMA on Python's documentation with the same seeds and number of steps,
+without AttentionDrop and the consistency term. Affine scaling and gate use the initialization of their papers
+(`init=paper`), because there are no pretrained weights to preserve.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BLOCK_SIZE = 128
 
 
 def held_out_batches(folder: str) -> list[dict[str, torch.Tensor]]:
-    """The first blocks that the run was evaluated on, packed as the recipe packs them."""
+    """Returns the first validation blocks of the run, packed by the recipe."""
     import causal_lm
 
     arguments = causal_lm.TextDataArguments(block_size=BLOCK_SIZE)
@@ -52,7 +52,7 @@ def held_out_batches(folder: str) -> list[dict[str, torch.Tensor]]:
 
 
 def run(method: str, seed: int, epochs: float, first_steps: int) -> dict[str, Any]:
-    """Trains once, and gives the measures."""
+    """Trains one model and returns its measures."""
     options = {"block_size": BLOCK_SIZE, "consistency_weight": 0, "num_train_epochs": epochs, "logging_steps": 1}
     with tempfile.TemporaryDirectory() as folder:
         metrics = run_recipe("causal_lm", folder, seed=seed, **METHODS[method], **options)
@@ -85,14 +85,14 @@ def table(summary: list[dict[str, Any]], runs: list[dict[str, Any]], setup: dict
         f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s); {versions}.",
         "",
         f"The language-model recipe's LLaMA ({base['parameters']:,} parameters) on Python's documentation, "
-        f"{base['steps']} steps, without AttentionDrop and consistency; the same data in all runs. Gradient norms are "
-        f"those of the first {setup['first_steps']} steps, before clipping; a spike, counted over all steps and "
-        f"seeds, is a norm above {SPIKE_FACTOR:g} times the median of the {SPIKE_WINDOW} before it. First-token mass "
-        f"and entropy are means over layers, heads and queries, in {MEASURED_BLOCKS} held-out blocks of {BLOCK_SIZE} "
-        "tokens; those of affine scaling are of the absolute weights, brought to a sum of 1.",
+        f"{base['steps']} steps, without AttentionDrop and the consistency term; the same data in all runs. The "
+        f"variance of gradient norms covers the first {setup['first_steps']} steps, before clipping. Spikes are "
+        f"gradient norms above {SPIKE_FACTOR:g} times the median of the previous {SPIKE_WINDOW}, over all steps and "
+        f"seeds. First-token mass and entropy are means over layers, heads and queries in {MEASURED_BLOCKS} held-out "
+        f"blocks of {BLOCK_SIZE} tokens; for affine scaling they use absolute weights, normalized to a sum of 1.",
         "",
-        f"Means over {len(setup['seeds'])} seeds ± half of the {CONFIDENCE:.0%} interval by the t-distribution; "
-        f"in italics the difference from {summary[0]['method']}, paired by seed.",
+        f"Means over {len(setup['seeds'])} seeds ± half-width of the {CONFIDENCE:.0%} confidence interval "
+        f"(t-distribution); in italics the difference from {summary[0]['method']}, paired by seed.",
         "",
         "| method | extra parameters | spikes | " + " | ".join(MEASURES.values()) + " |",
         "|---|---:|---:|" + "---:|" * len(MEASURES),
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--first_steps", type=int, default=100, help="steps whose gradient norms are summarised")
+    parser.add_argument("--first_steps", type=int, default=100, help="steps for the variance of gradient norms")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Time and memory of whole training steps and of evaluation, beside the same model with stock SDPA.
+"""Time and memory of whole training steps and of evaluation, relative to the same model with stock SDPA.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --device cuda --layers 12 --batch_size 32 --dtype bfloat16
 
-A step is forward, backward and an AdamW update. Models have the widths of their originals; `--layers` and
-`--batch_size` scale them to the machine. Times are ratios to SDPA in runs that take turns: medians, with quartiles.
-Memory is what building a model and its first two steps add to the peak, on the CPU in a fresh process.
+A step is forward, backward and an AdamW update. Models have their original widths; `--layers` and `--batch_size` scale
+them to the machine. Times are medians and quartiles of ratios to SDPA in alternating runs. Memory is the peak of
+building a model and running its first two steps, on CPU in a new process.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def marian(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tens
 
 
 def llama(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A LLaMA of the width of those with 160 million parameters, grouped queries, on blocks of 1024 tokens."""
+    """A LLaMA with the width of a 160M-parameter model and grouped queries, on blocks of 1024 tokens."""
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=768,
@@ -129,7 +129,7 @@ def evaluation_step(name: str, method: str, arguments: argparse.Namespace) -> Ca
 
 
 def memory(name: str, method: str, arguments: argparse.Namespace) -> float:
-    """Peak memory of building a model and of its first two steps; the second has the optimizer's states."""
+    """Returns the peak memory of building a model and of two steps; the second one includes the optimizer states."""
     torch.set_num_threads(arguments.threads)
 
     def steps() -> None:
@@ -148,11 +148,11 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"`{setup['command']}` on {setup['hardware']}, {setup['threads']} thread(s), {setup['dtype']}; {versions}.",
         "",
-        f"Models of their usual width with {setup['layers']} layers per stack, {setup['batch_size']} samples per "
-        "batch (LLaMA a quarter of it). Time as a multiple of the same model's with SDPA, median of "
-        f"{setup['repeats']} runs that take turns; memory likewise, of the peak of training.",
+        f"Models at their usual width with {setup['layers']} layers per stack and {setup['batch_size']} samples per "
+        "batch (LLaMA: a quarter of that). Step time and peak memory relative to SDPA on the same model (1.00 = no "
+        f"overhead); times are medians of {setup['repeats']} alternating runs, with quartiles.",
         "",
-        "| model | method | training step | its memory | evaluation |",
+        "| model | method | training step | training memory | evaluation |",
         "|---|---|---:|---:|---:|",
     ]
     for name, rows in results["models"].items():
@@ -181,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device, methods = arguments.device, ["sdpa", *arguments.methods]
 
-    # All memory first: a process that has done large work before would lend its free memory to its children.
+    # Measure memory first: children would inherit free memory from a process that has done large work.
     models: dict[str, dict[str, Any]] = {
         name: {method: {"peak_mb": measure_memory(memory, (name, method, arguments), device)} for method in methods}
         for name in arguments.models

@@ -1,6 +1,10 @@
-"""AttentionDrop and learned reweighting of attention for Hugging Face Transformers, as attention implementations.
+"""AttentionDrop and learned reweighting of attention for Hugging Face Transformers.
 
-Importing the package registers `"attentiondrop"`, `"affine_scaled"`, `"attention_sink"` and `"gated_attention"`.
+Importing the package registers the attention implementations `"attentiondrop"`, `"affine_scaled"`, `"attention_sink"`
+and `"gated_attention"`; see `integration/registration.py` for everything that it changes in Transformers.
+
+Shapes in docstrings: `B` batch size, `H` query heads, `Hkv` key and value heads, `Q` queries, `K` keys, `D` head
+dimension; `B|1` is either `B` or 1.
 """
 
 import importlib.util
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
 
 register()
 
-# Loaded when first asked for: a training loop of one's own does not need the Trainer and what it imports.
+# Imported on first access, because a custom training loop does not need the Trainer and its dependencies.
 _LAZY = {
     "AttentionDropSeq2SeqTrainer": "training.trainer",
     "AttentionDropSeq2SeqTrainingArguments": "training.arguments",
@@ -87,5 +91,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # For tab completion: what is loaded later belongs to it, and what was imported for use in here does not.
+    # For tab completion: includes lazy names, leaves out helpers imported above.
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
