@@ -67,17 +67,17 @@ TINY: dict[str, Any] = {
 
 
 class Architecture(NamedTuple):
-    """What it takes to build and run a model, and what holds of it.
+    """How to build and run a model, and its properties.
 
     Attributes:
         model_type: the key of its config class.
         config: config values beyond `TINY`; a dict for a sub-config.
         model_class: name of the model class; by default the one of `AutoModel`.
         inputs: given the config, the inputs that differ from those of [`tiny_inputs`].
-        supported: whether AttentionDrop works; otherwise the model must be refused.
+        supported: whether AttentionDrop works; otherwise building the model must raise an error.
         since: the first version of Transformers with which it works.
-        causal: whether no (decoder) token feels a later one.
-        padded: whether it takes text with padding, which no token may feel.
+        causal: whether (decoder) tokens must not depend on later tokens.
+        padded: whether it takes text with padding, on which no token may depend.
     """
 
     model_type: str
@@ -179,14 +179,14 @@ def build(name: str, attn_implementation: str | None = None, **entries: Any) -> 
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """The class that stands for an architecture."""
+    """Returns the model class of an architecture."""
     architecture = ARCHITECTURES[name]
     class_name = architecture.model_class or MODEL_MAPPING_NAMES[architecture.model_type]
     return getattr(transformers, class_name if isinstance(class_name, str) else class_name[0])
 
 
 def tiny_inputs(name: str, model: PreTrainedModel) -> Inputs:
-    """The inputs that a model's forward asks for: text with padding, text to decode, pixels, waveforms."""
+    """Returns the inputs of a model's forward: padded text, text to decode, pixels, waveforms."""
     torch.manual_seed(1)
     accepted = inspect.signature(model.forward).parameters
     inputs = {}
@@ -206,19 +206,19 @@ def tiny_inputs(name: str, model: PreTrainedModel) -> Inputs:
 
 
 def text(length: int = LENGTH, image_tokens: int = 0) -> Inputs:
-    """Tokens of which the second row is padded on the left and the third on the right."""
+    """Returns tokens; the second row is padded on the left and the third on the right."""
     input_ids = torch.randint(10, 90, (BATCH, length + image_tokens))
     input_ids[:, PADDING : PADDING + image_tokens] = IMAGE_TOKEN
     input_ids[:, -PADDING - 1] = TINY["eos_token_id"]
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :PADDING] = 0
     attention_mask[2, -PADDING:] = 0
-    # CLIP pools at its highest token: what pads stays below all text.
+    # CLIP pools at the highest token id, so padding ids are lower than all text.
     return {"input_ids": torch.where(attention_mask == 1, input_ids, 3), "attention_mask": attention_mask}
 
 
 def _patches(config: PreTrainedConfig) -> Inputs:
-    """Images cut into patches beforehand, beside text that holds their tokens, as the Qwen-VL family wants them."""
+    """Images as patches, and text with their tokens, as the Qwen-VL family expects them."""
     vision = config.vision_config
     side = IMAGE // PATCH
     inputs = text(image_tokens=(side // vision.spatial_merge_size) ** 2)
@@ -231,7 +231,7 @@ def _patches(config: PreTrainedConfig) -> Inputs:
 
 
 def _image_tokens(count: int, **shapes: tuple[int, ...]) -> Callable[[PreTrainedConfig], Inputs]:
-    """Text that holds the tokens of an image, beside random tensors."""
+    """Text with image tokens, and random tensors."""
     return lambda config: {**text(image_tokens=count), **_tensors(**shapes)(config)}
 
 
@@ -241,19 +241,19 @@ def _tensors(**shapes: tuple[int, ...]) -> Callable[[PreTrainedConfig], Inputs]:
 
 
 def _encoder_states(config: PreTrainedConfig) -> Inputs:
-    """What a decoder with cross-attention attends to, the end of its last row padded."""
+    """Encoder states for a decoder with cross-attention; the end of the last row is padding."""
     mask = torch.ones(BATCH, DECODER_LENGTH)
     mask[-1, -PADDING:] = 0
     return {"encoder_hidden_states": torch.randn(BATCH, DECODER_LENGTH, 32), "encoder_attention_mask": mask}
 
 
 def _sized_images(config: PreTrainedConfig) -> Inputs:
-    """Text that holds the tokens of an image whose size is told."""
+    """Text with image tokens, and image sizes."""
     return {**text(image_tokens=4), "image_sizes": torch.full((BATCH, 2), IMAGE)}
 
 
 def _flamingo(config: PreTrainedConfig) -> Inputs:
-    """Text that attends to an image of its own."""
+    """Text in which each sample attends to one image."""
     visible = torch.ones(BATCH, LENGTH, 1, dtype=torch.long)
     return {"pixel_values": torch.randn(BATCH, 1, CHANNELS, IMAGE, IMAGE), "image_attention_mask": visible}
 
@@ -324,8 +324,8 @@ _IMAGES_AUDIO_AND_PAIRS = """
     data2vec-audio hubert sew unispeech unispeech-sat wav2vec2 wav2vec2-conformer
     aimv2 altclip chinese_clip clip clipseg dpr metaclip_2 owlv2 owlvit siglip vision-text-dual-encoder
 """
-# Models that ignore the interface, or call it in one part and misread its masks in another.
-_REFUSED = """
+# Models that ignore the interface, or use it in one part and misinterpret its masks in another.
+_UNSUPPORTED = """
     big_bird bigbird_pegasus blip bloom canine convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
     flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese groupvit ibert imagegpt led longformer luke
     mamba megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
@@ -337,7 +337,7 @@ _ROWS = [
     *(Architecture(name, causal=True, padded=True) for name in f"{_DECODERS} {_ENCODER_DECODERS}".split()),
     *(Architecture(name, padded=True) for name in _ENCODERS.split()),
     *(Architecture(name) for name in _IMAGES_AUDIO_AND_PAIRS.split()),
-    *(Architecture(name, supported=False) for name in _REFUSED.split()),
+    *(Architecture(name, supported=False) for name in _UNSUPPORTED.split()),
     # Text
     Architecture("clip_text_model", causal=True, padded=True),
     Architecture("deepseek_v2", {"num_key_value_heads": 4}, causal=True, padded=True),
@@ -386,7 +386,7 @@ _ROWS = [
     Architecture("qwen2_5_vl", _MROPE_AND_WINDOWS, inputs=_patches, causal=True, padded=True),
     Architecture("qwen3_vl", inputs=_patches, causal=True, padded=True),
     Architecture("vipllava", {"vision_feature_layers": [-1, -2]}, inputs=_image_tokens(16), causal=True, padded=True),
-    # Refused
+    # Unsupported
     Architecture("bros", {"hidden_size": 64}, supported=False),
     Architecture("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, supported=False),
     Architecture("lilt", {"hidden_size": 48}, supported=False),

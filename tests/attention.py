@@ -1,4 +1,4 @@
-"""Attention calls for the tests: modules to call, the definition of the result, and comparisons of both."""
+"""Attention calls for the tests: modules, expected results by the references, and comparisons."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def make_module(
     perturbations: Perturbation | Sequence[Perturbation],
     module_class: type[nn.Module] = nn.Module,
 ) -> nn.Module:
-    """An attention module with what the attention function reads from one."""
+    """Builds an attention module with the attributes that the attention function reads."""
     module = module_class.__new__(module_class)
     nn.Module.__init__(module)
     module.is_causal = case.is_causal
@@ -55,8 +55,8 @@ def defined(
     *,
     softcap: float | None = None,
 ) -> Definition:
-    """The definition, consuming random numbers in the order in which the library does: the first runs around the last,
-    and those that scale the output run around the others."""
+    """Applies the references, consuming random numbers in the order of the library: the first method wraps the others,
+    and methods that scale the output wrap those that do not."""
     bias = sum(bias for bias in (position_bias(case), case.bias) if bias is not None)
     scores = reference.final_scores(query, key, scaling=0.3, softcap=softcap)
     definition = Definition(case, scores, bias, case.visible, value)
@@ -73,7 +73,7 @@ def expected(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and weights by the definition."""
+    """Returns output and weights by the references."""
     return defined(case, perturbations, *tensors, softcap=softcap).attend(dropout=dropout, sinks=sinks)
 
 

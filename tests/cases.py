@@ -1,4 +1,4 @@
-"""One table of attention calls: every mask kind that reaches an attention function, and who really sees whom in it."""
+"""The table of attention calls: every kind of mask, and the visibility that it means."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ class AttentionCase:
 
     Args:
         mask: makes the mask argument, boolean or float, `(B|1, H|1, Q|1, K)`.
-        own_view: makes, from visibility `(B, H, Q, K)`, what the token of each key may attend to: `(B, H, K, K)`.
     """
 
     name: str

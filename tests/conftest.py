@@ -1,4 +1,4 @@
-"""What every test shares: one thread per process, a fixed seed, no way to the Hub, and Triton without a GPU."""
+"""Shared by all tests: one thread per process, a fixed seed, no access to the Hub, and Triton without a GPU."""
 
 import os
 from collections.abc import Callable
@@ -15,13 +15,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Triton reads this as it defines kernels, the first of them when something imports it.
+    # Triton reads this when it defines kernels, the first of them on import.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow what a file does not name in its mark `quick`, if it has one."""
+    """Marks tests as slow if their file has a `quick` mark that does not name them."""
     for item in items:
         quick = item.get_closest_marker("quick")
         if quick is not None and item.name not in quick.args:
@@ -35,13 +35,13 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the folder that one short run of a recipe left, for all tests that only read it."""
+    """Returns a function from recipe name to the folder of one short run, shared by all tests that only read it."""
     return cache(lambda name: run_shortly(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `two_processes.py` left, launched on two processes of this machine's processor."""
+    """The output folder of `two_processes.py`, launched on two CPU processes."""
     folder = tmp_path_factory.mktemp("two_processes")
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "tests.two_processes"]

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel for GPUs that need not be there, and prints what each machine code takes of them.
+"""Compiles the Triton kernel for several GPU generations, without a GPU, and prints the resources that it needs.
 
 Run it in a process of its own: where kernels are interpreted, none can be compiled.
 """
@@ -21,7 +21,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def resources(capability: int, dtype: torch.dtype, size: int, has_mask: bool) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack, and bytes of shared memory, with a mask or causal without one."""
+    """Returns registers per thread, stack bytes per thread, and bytes of shared memory; with a mask, or causal."""
     constants = {
         "SIZE": size,
         "PADDED_SIZE": triton.next_power_of_2(size),

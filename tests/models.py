@@ -1,4 +1,4 @@
-"""Tiny models of the four families that the project promises, built from their configs, and inputs for them."""
+"""Tiny models of the four main families, built from their configs, with inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +101,7 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 
 
 def build(family: str, *, dropout: bool = True, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A tiny model in evaluation mode, the same for the same arguments."""
+    """Builds a tiny model in evaluation mode, the same for the same arguments."""
     torch.manual_seed(seed)
     config.setdefault("attn_implementation", "attentiondrop")
     return BUILDERS[family](**({} if dropout else DROPOUT_OFF[family]), **config).eval()
@@ -110,7 +110,7 @@ def build(family: str, *, dropout: bool = True, seed: int = 0, **config: Any) ->
 def inputs(
     family: str, *, batch_size: int = 4, length: int = 10, padding: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """Inputs with labels; with padding, the samples of a text batch have different lengths."""
+    """Returns inputs with labels; with padding, the texts of a batch differ in length."""
     generator = torch.Generator().manual_seed(1)
     if family == "vit":
         return {
@@ -132,12 +132,12 @@ def inputs(
 
 
 def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool) -> None:
-    """Switches activation checkpointing on, under the name that the installed Transformers has for it."""
+    """Turns activation checkpointing on, by the name that it has in the installed Transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
 
 def require_one_graph(family: str) -> None:
-    """Skips a test of `fullgraph=True` where the model itself, with any attention, does not compile that way."""
+    """Skips a test with `fullgraph=True` if the model cannot be compiled so with any attention."""
     if family == "marian" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("absent: before Transformers 5.23 layer drop breaks the graph of Marian")

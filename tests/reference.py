@@ -1,4 +1,4 @@
-"""The definitions, as plainly as they read, on materialised scores. Slow on purpose; float64 in the tests."""
+"""Reference implementations on full score matrices, as close to the formulas as possible; float64 in the tests."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Additive masks hide by whatever number their makers chose: no perturbation and no average feels a hidden key."""
+"""Additive masks of any magnitude mask keys: masked keys do not influence perturbations and averages."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -torch.inf, -1e9, -1e4, -100.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mask_of_the_user_leaks_nothing_from_later_tokens(method: str, hidden: float) -> None:
-    # In training the average of affine scaling moves by what all tokens say, later ones too.
+    # In training all tokens, also later ones, update the average of affine scaling.
     model = build("llama", **METHODS[method]).train(method != "affine")
     visible = torch.ones(10, 10).tril()[None, None].expand(4, -1, -1, -1) > 0
     mask = torch.zeros(4, 1, 10, 10).masked_fill(~visible, hidden)

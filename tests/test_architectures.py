@@ -1,6 +1,6 @@
-"""The sweep: every architecture either works, in each of the ways below, or is refused when it is built.
+"""The sweep: every architecture either passes all tests below, or raises an error when it is built.
 
-All other dropout is 0 here, so that whatever is random or differs in training is AttentionDrop's doing.
+All other dropout is 0 here, so any randomness or difference in training comes from AttentionDrop.
 """
 
 import inspect
@@ -28,13 +28,13 @@ EVERYWHERE = {"attentions": ("encoder_self", "decoder_self", "cross")}
 PERTURBATIONS = one_example_each()
 IDLE = [replace(idle, **EVERYWHERE) for idle in idle_examples()]
 
-# Between eager and SDPA stock Transformers itself differs by up to 3e-6 here.
+# Eager attention and SDPA of stock Transformers differ by up to 3e-6 here.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
-# Their scores are capped after the product with the keys: blurred keys would not give blurred scores.
+# Their scores are softcapped, so blurring keys would not blur scores.
 SOFTCAPPED = ["gemma2", "t5gemma", "vaultgemma"]
-# Modules that attend more than once in a forward pass of their model: shared layers, a difference of two attentions,
-# recurrence, one call per image.
+# Models whose modules call attention more than once per forward: shared layers, differential attention, recurrence,
+# one call per image.
 REPEATED = {
     "albert": {2},
     "diffllama": {2},
@@ -43,21 +43,21 @@ REPEATED = {
     "qwen2_5_vl": {1, 3},
     "qwen3_vl": {1, 3},
 }
-# Arguments by which a model file hands keys of another sequence to an attention module.
+# Arguments by which model files pass the key sequence of cross-attention.
 OTHER_STATES = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context")
 
-# They accept any implementation's name in silence.
+# They silently accept any implementation name.
 SILENT = """
     mpnet longformer big_bird led bloom mpt blip convbert rembert luke nystromformer roformer xglm
     deberta deberta-v2 swinv2 wavlm xlnet reformer prophetnet
 """
 
-# Their attention modules keep to themselves what they are called with, so that no hidden states reach the attention.
+# Their attention modules do not pass keyword arguments on, so hidden states do not reach the attention function.
 NOT_REWEIGHTED = "aimv2 gemma3 idefics2 idefics3 paligemma siglip siglip2 videomae".split()
-# Their vision towers attend to pieces of a sequence: the first forward pass stops.
+# Their vision towers attend within segments of a sequence: the first forward pass raises an error.
 STOPPED_REWEIGHTING = "qwen2_vl qwen2_5_vl qwen3_vl".split()
 REWEIGHTED = [name for name in SUPPORTED if name not in NOT_REWEIGHTED + STOPPED_REWEIGHTING]
-# Parts of them get no gradient as yet: queries that start at zero, and towers whose last layer is not used.
+# Some of their weights get no gradient: queries that are zero at first, and towers whose last layer is not used.
 PARTLY_AT_REST = "blip-2 conditional_detr detr llava maskformer mllama".split()
 
 
@@ -149,7 +149,7 @@ def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
     stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=PERTURBATIONS["hard"]).eval()
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
-    # Before Transformers 5.21 SDPA leaves out the cap of the scores, in silence.
+    # Before Transformers 5.21 SDPA silently ignores the softcap.
     is_faithful = name not in SOFTCAPPED or Version(transformers.__version__) >= Version("5.21")
     if stock.config._attn_implementation == "sdpa" and is_faithful:
         assert not _differ(_run(stock, inputs), outputs)
@@ -159,7 +159,7 @@ def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
 
 @_cases(SUPPORTED)
 def test_training_without_a_hit_is_eager_training(name: str) -> None:
-    """Bias, softcap, sinks and masks of every kind are still there in the attention that perturbs."""
+    """Perturbed attention still applies every kind of bias, softcap, sink and mask."""
     model = _trained_with(name, PERTURBATIONS["hard"])
     inputs = tiny_inputs(name, model)
     expected = _run(build(name, "eager").train(), inputs)
@@ -248,7 +248,7 @@ def test_what_cannot_be_reweighted_stops(name: str) -> None:
 
 @_cases(SUPPORTED)
 def test_kinds_are_what_happens(name: str) -> None:
-    """Cross-attention is where the keys come from elsewhere, and whatever generates has a decoder."""
+    """Cross-attention is attention with keys of another sequence, and generative models have a decoder."""
     model = _trained_with(name, PERTURBATIONS["hard"])
     given_other_states = {}
 

@@ -1,4 +1,4 @@
-"""Learned weights live like a model's own, from construction to reload, in copies, moves and runs of all kinds."""
+"""Learned weights behave like a model's own: construction, saving and loading, copies, casts, training."""
 
 import copy
 import json
@@ -52,12 +52,12 @@ def build_reweighted(family: str, name: str = "affine_scaled", **kwargs: Any) ->
 
 
 def learned(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Learned weights and averages by name."""
+    """Returns learned weights and averages by name."""
     return {name: tensor for name, tensor in model.state_dict().items() if "reweighting" in name}
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights and averages as if something had been learned."""
+    """Sets weights and averages to random values, as after training."""
     generator = torch.Generator().manual_seed(23)
     for tensor in learned(model).values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -440,7 +440,7 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
 
 
 def test_an_average_that_was_cast_is_refused() -> None:
-    """FSDP's MixedPrecision(buffer_dtype=torch.bfloat16) casts what no `.to()` does."""
+    """FSDP's MixedPrecision(buffer_dtype=torch.bfloat16) also casts the average, unlike `.to()`."""
     model, batch = build_reweighted("bert"), inputs("bert")
     reweighting = next(module for module in model.modules() if hasattr(module, "average"))
     reweighting.average = reweighting.average.bfloat16()

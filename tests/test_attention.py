@@ -1,4 +1,4 @@
-"""The attention function against the float64 definitions: output, gradients and weights, for every kind of mask."""
+"""The attention function matches the float64 references in output, gradients and weights, for every kind of mask."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_softcap_and_sinks_are_part_of_the_scores(
         return expected(case, [drop], *tensors, softcap=extras.get("softcap"), sinks=extras.get("s_aux"))[0]
 
     tensors = case.tensors()
-    # Gemma's and gpt-oss's own eager functions take their softmax in float32.
+    # The eager functions of Gemma and gpt-oss compute the softmax in float32.
     tolerance = 1e-10 if variant == "hard_zero" else 2e-6
     assert_same(with_gradients(library, *tensors), with_gradients(definition, *tensors), tolerance)
 

@@ -1,4 +1,4 @@
-"""Models in training mode on a cache: which keys own the query rows, and that a static cache changes nothing."""
+"""Models in training mode with a cache: queries map to the right keys, and static caches give the same results."""
 
 import inspect
 from typing import Any
@@ -27,7 +27,7 @@ def attention_mask(padding: str, length: int) -> torch.Tensor:
 
 
 def run(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int], static: bool) -> list[Any]:
-    """The logits of each chunk, and the averages after it."""
+    """Returns the logits of each chunk and the averages after it."""
     cache = StaticCache(config=model.config, max_cache_len=19) if static else DynamicCache(config=model.config)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     results, end = [], 0

@@ -1,4 +1,4 @@
-"""A checkpoint trained with AttentionDrop is an ordinary one, in processes that never heard of the plugin too."""
+"""A checkpoint trained with AttentionDrop loads like any other, also in processes without the package."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ assert "hf_attentiondrop" not in sys.modules
 
 @pytest.fixture(scope="module")
 def stock_logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
-    """Logits of trained models here, and after loading them in a process without the plugin, one for all families."""
+    """Returns logits of trained models in this process, and after loading in one process without the package."""
     folders, logits = {}, {}
     for family in FAMILIES:
         torch.manual_seed(0)

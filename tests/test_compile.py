@@ -1,4 +1,4 @@
-"""torch.compile in training: no graph breaks, counts that do not recompile, and the numbers of eager mode."""
+"""torch.compile in training: no graph breaks, no recompilation by counters, same results as eager mode."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from .models import build, enable_checkpointing, inputs, require_one_graph
 DROPS = examples()
 
 
-# One case of each mechanism: a perturbation in a graph, one in blocks, another scheduled value, and checkpointing.
+# One case per mechanism: a score matrix, blocks, a changed scheduled value, and checkpointing.
 pytestmark = pytest.mark.quick(
     "test_training_compiles_in_one_graph_and_counts[llama-hard_mask]",
     "test_training_compiles_in_one_graph_and_counts[vit-hard_zero]",

@@ -1,4 +1,4 @@
-"""Models that are made of other models: every part runs what was asked for, and a checkpoint reloads as the same."""
+"""Composite models: every part runs the requested implementation, and checkpoints reload unchanged."""
 
 import copy
 import pickle
@@ -77,7 +77,7 @@ def decoder(**kwargs: Any) -> PreTrainedModel:
 
 
 class Composite(NamedTuple):
-    """A composite, what makes its two parts, what these are called in its config and as modules, and inputs."""
+    """A composite model: its class, the classes and names (config, module) of its two parts, and inputs."""
 
     model_class: type[PreTrainedModel]
     make_first: Callable[..., PreTrainedModel]
@@ -87,7 +87,7 @@ class Composite(NamedTuple):
     inputs: dict[str, torch.Tensor]
 
     def build(self, first: str = "sdpa", second: str = "sdpa", **entries: Any) -> PreTrainedModel:
-        """Made of two models, each built on its own with its implementation."""
+        """Builds it from two models that were built separately, each with its implementation."""
         torch.manual_seed(0)
         parts = [
             make(attn_implementation=name, **(entries if name != "sdpa" else {}))
@@ -130,7 +130,7 @@ each_composite = pytest.mark.parametrize("composite", COMPOSITES.values(), ids=C
 
 
 def running(model: PreTrainedModel) -> dict[str, set[str]]:
-    """What the attention modules of each part run, by the name of the part's module."""
+    """Returns the implementations of the attention modules of each part, by module name."""
     found: dict[str, set[str]] = {}
     for row in hf_attentiondrop.report(model).rows:
         found.setdefault(row.name.split(".")[0], set()).add(row.implementation)
@@ -138,7 +138,7 @@ def running(model: PreTrainedModel) -> dict[str, set[str]]:
 
 
 def configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
-    """The configs that a model's modules hold, by the name of the module."""
+    """Returns the configs of a model's modules, by module name."""
     held = {name: getattr(module, "config", None) for name, module in model.named_modules()}
     return {name: config for name, config in held.items() if isinstance(config, PreTrainedConfig)}
 
@@ -305,14 +305,14 @@ def of_strength(p: float) -> set[str]:
 
 
 def stacked_twice() -> nn.Module:
-    """A model with two of its layers copied, as for a deeper one."""
+    """Builds a model with copies of two layers, as in depth up-scaling."""
     model = build("llama", dropout=False)
     model.model.layers.extend(copy.deepcopy(layer) for layer in list(model.model.layers))
     return model
 
 
 def trained_copies() -> nn.Module:
-    """A model of whose attention modules PEFT trains copies."""
+    """Builds a model whose attention modules PEFT copies and trains."""
     config = LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["self_attn"])
     return get_peft_model(build("llama", dropout=False), config)
 
@@ -354,7 +354,7 @@ def test_a_copied_part_is_governed_by_its_own_config() -> None:
 
 
 class Pair(nn.Module):
-    """Two models in a module of one's own."""
+    """Two models in a custom module."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ def test_a_configuration_that_one_model_refuses_changes_none() -> None:
 
 
 def nested(**kwargs: Any) -> PreTrainedModel:
-    """A composite of which one part is a composite itself."""
+    """Builds a composite with a part that is a composite itself."""
     image = {**TINY, "image_size": 8, "patch_size": 4}
     text = Gemma3TextConfig(**TINY, vocab_size=64, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     inner = Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**image), hidden_size=32)
@@ -419,7 +419,7 @@ def test_a_part_of_a_part_is_switched() -> None:
     if Version(transformers.__version__) >= Version("5.20"):
         model.set_attn_implementation(requested)
         assert perturbed_parts(model) == {inner}
-    else:  # Transformers itself takes nested dicts for a model that is being built only.
+    else:  # Transformers accepts nested dicts only while building a model.
         with pytest.raises(ValueError, match="not supported"):
             model.set_attn_implementation(requested)
         assert perturbed_parts(model) == set()

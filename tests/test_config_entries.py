@@ -1,4 +1,4 @@
-"""Entries of a config: given in a call, saved in a checkpoint, assigned to a built model, of a newer release."""
+"""Config entries that are given in code, saved in a checkpoint, assigned to a built model, or from a newer release."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ NO_EFFECT = "`attention_drop` was given for Bert.*'sdpa'.*would train unperturbe
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint as anybody has it, without an entry."""
+    """A stock checkpoint, without an entry."""
     build("bert", attn_implementation="sdpa").save_pretrained(tmp_path)
     return tmp_path
 
@@ -165,7 +165,7 @@ def test_what_is_given_to_a_part_that_runs_something_else_must_act() -> None:
     config.vision_config.attention_drop = {"p": 0.4}
     with pytest.raises(ValueError, match=r"given for CLIPModel \(CLIPVisionConfig\).*'sdpa'.*no effect"):
         CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})
-    config.attention_drop = {"p": 0.3}  # For all parts, and so for those that run it.
+    config.attention_drop = {"p": 0.3}  # For all parts, including those that run it.
     assert report(CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})).active
 
 

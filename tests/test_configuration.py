@@ -1,4 +1,4 @@
-"""The configuration: what is refused and how, and its way through config.json and sub-configs."""
+"""The configuration: errors for invalid values, and saving and loading in config.json and sub-configs."""
 
 import copy
 import json
@@ -82,7 +82,7 @@ def test_settings_go_to_a_dict_and_back(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["hard", "blur"])
 def test_a_checkpoint_of_an_early_release_reads_the_same(variant: str, tmp_path: Path) -> None:
-    """They wrote the settings of both variants, and the first of them ignored those of the other one."""
+    """Early releases wrote the settings of both variants and ignored those of the other variant."""
     early = {"variant": variant, "p": 0.3, "k": 7, "fill": "zero", "sigma_max": 0.5, "width": 3}
     early |= {"layers": [0], "attentions": ["cross"]}
     BertConfig().save_pretrained(tmp_path)

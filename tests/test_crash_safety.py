@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, at whatever moment, ends as the uninterrupted one: bit for bit, on the CPU."""
+"""A run that is killed at any moment and resumed gives the result of an uninterrupted run, bit for bit on CPU."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from .recipe_runs import RECIPES, ROOT, load, run
 
 
 RECIPE = RECIPES / "text_classification.py"
-# Eight optimizer steps make an epoch, and each takes two batches: what is resumed lies within an epoch.
+# An epoch has eight optimizer steps of two batches each, so runs resume within an epoch.
 FLAGS = """
     --max_steps 20 --save_strategy steps --save_steps 3 --save_total_limit 9 --logging_steps 1 --eval_strategy no
     --max_train_samples 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --max_eval_samples 8
     --disable_tqdm true --consistency_weight 0.5 --num_hidden_layers 2
 """.split()
 STATE_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-# Runs a script that kills itself as soon as it has created a file, with nothing in it yet.
+# Runs a script that kills itself after creating a file, before writing to it.
 DIE_WRITING = """
 import os, runpy, signal, sys
 script, file = sys.argv.pop(1), sys.argv.pop(1)
@@ -36,14 +36,14 @@ runpy.run_path(script, run_name="__main__")
 
 
 def kill_writing(file: str, folder: Path, *flags: str) -> None:
-    """Runs the recipe until it has just begun to write a file."""
+    """Runs the recipe until it has created a file."""
     result = run("-c", DIE_WRITING, RECIPE, file, *FLAGS, "--output_dir", folder, *flags)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (folder / file).stat().st_size == 0
 
 
 def kill_after(num_steps: int, folder: Path, *flags: str) -> None:
-    """Runs the recipe until it has logged so many steps."""
+    """Runs the recipe until it has logged a number of steps."""
     command = [sys.executable, RECIPE, *FLAGS, "--output_dir", folder, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -64,21 +64,21 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_run_killed_three_times_ends_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only what is killed needs a process of its own.
+    # Only runs that are killed need a separate process.
     recipe = load(RECIPE.stem, monkeypatch)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     recipe.main([*FLAGS, "--output_dir", str(whole)])
 
-    # While it saves, which leaves checkpoints that are not to be resumed from: at their beginning and at their end.
+    # While saving, which leaves incomplete checkpoints: at the beginning and at the end of one.
     kill_writing("checkpoint-9/config.json", killed)
     kill_writing("checkpoint-12/trainer_state.json", killed, "--resume_from_checkpoint")
-    # In the middle of the steps 10 to 14, of which 12 is saved.
+    # Between steps 10 and 14; step 12 is saved.
     kill_after(5, killed, "--resume_from_checkpoint")
     assert (killed / "checkpoint-12" / "trainer_state.json").stat().st_size > 0
     assert not (killed / "model.safetensors").exists()
     recipe.main([*FLAGS, "--output_dir", str(killed), "--resume_from_checkpoint"])
 
-    # The log tells at which step the runs part, should they do so.
+    # If the runs diverge, the log shows at which step.
     assert [entry["step"] for entry in log(whole)] == list(range(1, 21))
     assert log(killed) == log(whole)
     assert all(entry["consistency_loss"] > 0 for entry in log(killed))

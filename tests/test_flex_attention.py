@@ -1,4 +1,4 @@
-"""When the attention function takes FlexAttention for hard, and that torch.compile takes it along."""
+"""Hard masking through FlexAttention: when it is used, and under torch.compile."""
 
 import math
 from dataclasses import replace

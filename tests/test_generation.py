@@ -1,4 +1,4 @@
-"""The warning for text that is generated under perturbation."""
+"""The warning when text is generated with perturbed attention."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The same function on a CUDA device, where other kernels run it: against the CPU in float64, and under autocast."""
+"""The attention function on a CUDA device, where it uses other kernels: compared with float64 on CPU, and autocast."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.mark.parametrize("idle", idle_examples(), ids=lambda idle: idle.summary)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_idle_perturbation_equals_the_cpu(case: AttentionCase, idle: Perturbation) -> None:
-    """The generators of the two devices differ, so the perturbation is one that changes nothing."""
+    """Uses settings without effect, because the random generators of CPU and CUDA differ."""
     results = []
     for device in ("cpu", "cuda"):
         module = make_module(case, idle)
@@ -81,7 +81,7 @@ def padding(length: int) -> torch.Tensor:
 def test_hard_without_a_score_matrix_equals_the_cpu(
     mask: Callable[[int], torch.Tensor] | None, fill: str, size: int, dtype: torch.dtype
 ) -> None:
-    for length in (300, 384):  # the second compiles with a changing length, and fills its blocks
+    for length in (300, 384):  # the second compiles for dynamic lengths and fills its blocks
         query = torch.randn(2, length, 4, size, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
         key, value = (
             torch.randn(2, length, 2, size, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
@@ -110,7 +110,7 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
 @pytest.mark.parametrize("name", ["none", "causal_without_mask", "grouped_queries_padding", "blind", "cross_padding"])
 @pytest.mark.parametrize("fill", ["mask", "zero"])
 def test_both_ways_of_hard_hit_the_same_scores(name: str, fill: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draws for a score matrix and one for indices, from the same generator."""
+    """One samples for a score matrix and one for indices, from the same generator."""
     case = CASES_BY_NAME[name]
     module = make_module(case, AttentionDropConfig(p=0.5, k=3, fill=fill))
     tensors = [tensor.cuda().requires_grad_() for tensor in case.tensors(torch.float32, 16)]
@@ -141,7 +141,7 @@ def test_hard_on_long_sequences_holds_no_score_matrix(fill: str) -> None:
 def test_a_model_trains_without_score_matrices(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_sequences, "FLEX_ATTENTION_BEYOND", {"cuda": 0})
     config = build("marian", attention_drop={"p": 0.5}).config
-    config.d_model = 64  # heads of 16, the least that FlexAttention takes
+    config.d_model = 64  # heads of size 16, the minimum of FlexAttention
     model = MarianMTModel._from_config(config, attn_implementation="attentiondrop").cuda().train()
     enable_checkpointing(model, use_reentrant=False)
     run = torch.compile(model) if is_compiled else model

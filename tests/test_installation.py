@@ -1,4 +1,4 @@
-"""What a user installs: the texts that say how, the examples that run at once, and the files of the wheel."""
+"""Installation: the instructions, the first example of the README, and the files of the wheel."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def test_a_card_first_of_all_says_how_a_model_with_learned_weights_loads() -> No
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel and the source distribution, built without the network from a copy, which keeps the clone clean."""
+    """Builds the wheel and the source distribution, without network, from a copy that keeps the clone clean."""
     source, output = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
     for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
@@ -82,7 +82,7 @@ def test_the_source_distribution_holds_no_test(built: dict[str, Path]) -> None:
 def test_what_is_missing_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As Python itself marks a module that cannot be imported.
+    # None in sys.modules makes an import fail.
     for module in ("datasets", "matplotlib", "matplotlib.figure", "evaluate"):
         monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["evaluate", "model", "--data", "data", "--output_dir", "report"]) == 2

@@ -1,4 +1,4 @@
-"""Other kernels below ours: they get what they take in place of a boolean mask, and attend as SDPA does."""
+"""Other kernels as base attention: masks are translated for them, and the results equal those of SDPA."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ from .models import build, inputs
 FLASH, OTHER = "flash_in_float64", "sdpa_that_counts"
 WINDOW = 3
 SELF_ATTENTION = [case for case in CASES if not case.is_cross and not case.position_bias]
-# What no run of tokens that see each other can express.
+# Masks that packing cannot express.
 ONLY_SDPA = {
     "arbitrary", "bias_grouped", "blind", "blind_causal", "blind_float", "blind_float_minus_1e9",
     "blind_float_minus_infinity", "cached", "cached_one_query", "cached_padding_left", "float_bias_far_from_zero",
@@ -34,7 +34,7 @@ ONLY_SDPA = {
 
 
 class Kernels:
-    """Registers the two kernels of this file, and remembers their calls."""
+    """Registers the two kernels of this file and records their calls."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -42,7 +42,7 @@ class Kernels:
     def flash(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
     ) -> tuple[Tensor, None]:
-        """The interface of FlashAttention: no masks, but runs of tokens in one long row."""
+        """Imitates FlashAttention: no mask, but documents packed into one row."""
         assert attention_mask is None and options.get("position_ids") is None
         self.calls.append({"name": module.config._attn_implementation, "shape": tuple(query.shape), **options})
         length = query.shape[-2]
@@ -66,7 +66,7 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     kernels = Kernels()
-    # What Transformers would import of FlashAttention, which needs a GPU, is what stands in this file.
+    # Replaces the FlashAttention functions that Transformers imports, because they need a GPU.
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda name: None)
     AttentionInterface.register(FLASH, kernels.flash)
     AttentionMaskInterface.register(FLASH, flash_attention_mask)
@@ -98,7 +98,7 @@ def test_flash_attends_where_it_can_express_the_mask(kernels: Kernels, case: Att
         assert case.name in ONLY_SDPA and not kernels.calls
         return
     assert case.name not in ONLY_SDPA and len(kernels.calls) == 1
-    # What padding sees is thrown away by models, and FlashAttention does not compute it.
+    # Models discard outputs of padding, and FlashAttention does not compute them.
     is_real = case.visible.diagonal(dim1=-2, dim2=-1)[:, 0, :, None, None]
     right = expected(case, *states) * is_real
     assert torch.allclose(output * is_real, right, atol=1e-12)
@@ -188,7 +188,7 @@ def test_an_implementation_with_the_masks_of_sdpa_gets_them(kernels: Kernels, fa
     on_sdpa = runs(model, family)
     set_base_attention(model, OTHER)
     assert all(map(torch.equal, runs(model, family), on_sdpa))
-    # Hard has a mask of its own for every query, which takes SDPA; Marian's cross-attention is left alone.
+    # Hard masking has one mask per query and so uses SDPA; Marian's cross-attention is not perturbed.
     own = {"blur": len(report(model).rows), "hard": sum(row.kind == "cross" for row in report(model).rows)}
     assert len(kernels.calls) == own[drop.variant]
     set_base_attention(model, "sdpa")
@@ -201,7 +201,7 @@ def test_cross_attention_stays_on_sdpa_under_flash(kernels: Kernels) -> None:
     set_base_attention(model, FLASH)
     on_flash = {row.kind for row in report(model).rows if row.implementation == f"attentiondrop on {FLASH}"}
     assert on_flash == {"encoder_self", "decoder_self"}
-    model.set_attn_implementation("attentiondrop")  # places everything anew, and keeps what was chosen
+    model.set_attn_implementation("attentiondrop")  # new module states keep the base attention
     assert f"attentiondrop on {FLASH}" in str(report(model))
 
 

@@ -1,4 +1,4 @@
-"""The house has floors: nothing imports upward."""
+"""Layering: no module imports from a folder above its own."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def imported(path: Path) -> set[str]:
-    """The package's own modules that a file imports, by the name of their floor."""
+    """Returns the folders and top-level modules of the package that a file imports."""
     floors = set()
     depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The package as a whole: what it offers, and what it needs."""
+"""The package as a whole: its exports and dependencies."""
 
 import ast
 import sys
@@ -15,7 +15,7 @@ from hf_attentiondrop.version import MINIMUM_VERSIONS
 
 
 ROOT = Path(__file__).parents[1]
-# Imported where an extra is used, and missing with a message that names it.
+# Imported only where an extra is used; if it is missing, the error names it.
 OPTIONAL = {"PIL", "datasets", "evaluate", "matplotlib", "sklearn", "triton"}
 
 

@@ -1,4 +1,4 @@
-"""Packed documents never mix, with every marker that TRL and the collators of Transformers pass."""
+"""Packed documents never mix, for all arguments by which TRL and Transformers' collators mark them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Registration, refusal and switching: a model either runs AttentionDrop or says why it cannot."""
+"""Registration and switching: a model either runs AttentionDrop or raises an error with the reason."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def test_a_bad_configuration_stops_the_build_and_the_change(
     model = build("bert", attention_drop={"p": 0.3})
     with pytest.raises(error, match=message):
         hf_attentiondrop.configure(model, values)
-    assert model.config.attention_drop.p == 0.3, "a refused change must leave the model as it was"
+    assert model.config.attention_drop.p == 0.3, "a failed change must leave the model unchanged"
 
 
 def test_configure_acts_from_the_next_pass_on() -> None:
@@ -252,7 +252,7 @@ def test_a_module_that_only_mentions_the_interface_is_no_attention() -> None:
     class Mentions(torch.nn.Module):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
             """Not ALL_ATTENTION_FUNCTIONS."""
-            return states  # Not an `ALL_ATTENTION_FUNCTIONS` call site.
+            return states  # A comment that mentions `ALL_ATTENTION_FUNCTIONS`.
 
     assert not uses_attention_interface(Mentions)
 

@@ -1,4 +1,4 @@
-"""The report: every attention module once, at its place, with the number of perturbed passes."""
+"""The report lists every attention module once, with its kind, layer and number of perturbed calls."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_gradient_checkpointing_changes_nothing_and_counts_once(
     (loss, gradients, calls), (other_loss, other_gradients, other_calls) = results
     assert torch.equal(loss, other_loss)
     assert len(gradients) == len(other_gradients)
-    # Reentrant checkpointing sums the gradients of two decoder layers in another order, stock attention or not.
+    # Reentrant checkpointing sums the gradients of two decoder layers in another order, with stock attention too.
     tolerance = 1e-9 if use_reentrant and family == "marian" else 0.0
     for gradient, other in zip(gradients, other_gradients, strict=True):
         torch.testing.assert_close(gradient, other, rtol=0, atol=tolerance)

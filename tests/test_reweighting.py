@@ -1,4 +1,4 @@
-"""Learned reweighting against its definitions, float64, forward and gradient, for every kind of mask.
+"""Learned reweighting matches its float64 references, forward and backward, for every kind of mask.
 
 Weights are random and the average is not 1 in every comparison: at the identity a mistake in the bias would not show.
 """
@@ -39,7 +39,7 @@ def make_reweighted(
     module_class: type[nn.Module] = nn.Module,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
-    """An attention module with random learned weights and averages."""
+    """Builds an attention module with random learned weights and averages."""
     module = make_module(case, drop, module_class)
     module.config._attn_implementation = config.method
     dimensions = Dimensions(HIDDEN_SIZE, case.heads, HEAD_DIM)
@@ -70,14 +70,14 @@ def definition(
     *tensors: torch.Tensor,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and weights as the definition has them."""
+    """Returns output and weights by the reference."""
     sinks = parameters["weight"] if isinstance(config, AttentionSinkConfig) else None
     perturbed = defined(case, [drop] if drop.is_active else [], *tensors)
     output, weights = replace(perturbed, scale=torch.ones(1, 1, 1, 1)).attend(sinks=sinks, dropout=dropout)
     gate = parameters.get("gate.weight")
     if isinstance(config, GatedAttentionConfig):
         gate = parameters["weight"]
-    if not drop.is_active and sinks is None:  # A query that sees no key has what the base attention gives it.
+    if not drop.is_active and sinks is None:  # Fully masked queries get the output of the base attention.
         blind = ~case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
         output = torch.where(blind, stock(case, *tensors), output)
     if isinstance(config, AffineScaledConfig):
@@ -105,13 +105,13 @@ def run(
 
 
 def compare(module: nn.Module, case: AttentionCase, drop: Perturbation, dropout: float = 0.0) -> None:
-    """Output and gradients of query, key, value, states and every learned weight, within 1e-10."""
+    """Compares output and gradients of query, key, value, states and all learned weights, within 1e-10."""
     leaves = [tensor.requires_grad_() for tensor in (states_of(case), *case.tensors())]
     learned = dict(module.reweighting.named_parameters())
     torch.manual_seed(3)
     found, _ = run(module, case, *leaves, dropout=dropout)
     torch.manual_seed(3)
-    parameters = learned | dict(module.reweighting.named_buffers())  # As they are after the update, which comes first.
+    parameters = learned | dict(module.reweighting.named_buffers())  # After the update of the average.
     wanted, _ = definition(case, module.reweighting.config, drop, parameters, *leaves, dropout=dropout)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
     direction = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(13))
@@ -137,7 +137,7 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, name: s
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_attention_drop_acts_below_in_training(case: AttentionCase, name: str, variant: str) -> None:
     drop = PERTURBED[variant]
-    dropout = 0.1 if name != "sink" else 0.0  # The sink's own column of the dropout mask is not in the definition.
+    dropout = 0.1 if name != "sink" else 0.0  # The reference has no dropout mask for the sink's column.
     module = make_reweighted(case, LEARNED[name], drop)
     compare(module, case, drop, dropout)
     assert module.attention_drop_state.calls == 1
@@ -289,7 +289,7 @@ def test_missing_and_misplaced_states_are_refused() -> None:
 
 
 def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
-    """The sink's own column of the dropout mask is not in the definition, so no single draw can be compared."""
+    """The reference has no dropout mask for the sink's column, so only means can be compared."""
     case = next(case for case in CASES if "causal" in case.name)
     module = make_reweighted(case, LEARNED["sink"])
     leaves = (states_of(case), *case.tensors())
@@ -302,7 +302,7 @@ def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
 
 @pytest.mark.parametrize("how", ["eager", "checkpointing", "compiled"])
 def test_a_module_that_attends_twice_moves_its_average_once(how: str) -> None:
-    """DiffLlama attends once to each half of its values, under the same weights."""
+    """DiffLlama calls attention twice per forward, once for each half of its values."""
     config = DiffLlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,4 +1,4 @@
-"""Changes of a loaded model: a new configuration replaces the old one and says so, a schedule leaves it alone."""
+"""Changing a loaded model: a new configuration replaces the old one and warns; a schedule does not change it."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def test_a_copy_keeps_what_it_does_not_change(caplog: pytest.LogCaptureFixture) 
 
 
 def test_configure_reaches_the_sub_configs() -> None:
-    # Their own entries, from an earlier configuration, must not survive.
+    # The sub-configs must not keep the entries of the old configuration.
     config = CLIPConfig(**TINY_CLIP, attention_drop={"p": 0.2})
     model = CLIPModel._from_config(config, attn_implementation="attentiondrop")
     configure(model, {"p": 0.4})
@@ -119,7 +119,7 @@ def test_a_schedule_survives_a_copy_and_a_switch_and_ends_with_a_new_configurati
         assert scheduled_values(scheduled) == {0.05}
     with pytest.raises(ValueError, match="no such layer"):
         configure(model, {"layers": [99]})
-    assert scheduled_values(model) == {0.05}, "a refused change must leave the model as it was"
+    assert scheduled_values(model) == {0.05}, "a failed change must leave the model unchanged"
     configure(model, {"variant": "blur"})
     copied.config.attention_drop = {"variant": "blur"}
     for changed in (model, copied):

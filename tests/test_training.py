@@ -1,4 +1,4 @@
-"""Whole models in training: they learn, leak nothing, and draw samples, layers and calls independently."""
+"""Whole models in training: they learn, do not leak information, and sample masks independently."""
 
 import itertools
 from dataclasses import replace
@@ -19,7 +19,7 @@ ALL_KINDS = ["encoder_self", "decoder_self", "cross"]
 DROPS = {
     name: replace(example, attentions=ALL_KINDS)
     for name, example in examples().items()
-    if name != "hard_share"  # As hard_mask, for what is tested here.
+    if name != "hard_share"  # No difference to hard_mask here.
 }
 FAMILIES = ["bert", "vit", "marian", "llama"]
 
@@ -116,7 +116,7 @@ def test_nothing_leaks_from_later_tokens(family: str, variant: str) -> None:
     changed = batch | {ids: batch[ids].clone()}
     changed[ids][:, -2:] = 63 - changed[ids][:, -2:]
     before, after = (forward(model, b).logits for b in (batch, changed))
-    # Marian shifts its labels to the right: what the last one holds is not even read.
+    # Marian shifts its labels to the right, so it does not read the last one.
     known = batch[ids].shape[1] - 2
     torch.testing.assert_close(before[:, :known], after[:, :known], rtol=0, atol=1e-6)
     assert not torch.equal(before, after)
@@ -172,7 +172,7 @@ def test_what_a_trainer_passes_for_the_loss_is_no_business_of_attention() -> Non
 
 
 def test_labels_may_come_along_when_generating() -> None:
-    """Seq2SeqTrainer hands the whole batch to `generate`, and Marian all of it to its attention."""
+    """Seq2SeqTrainer passes the whole batch to `generate`, and Marian passes it on to its attention."""
     model, batch = build("marian"), inputs("marian")
     without = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert torch.equal(model.generate(**batch, max_new_tokens=4), model.generate(**without, max_new_tokens=4))

@@ -1,4 +1,4 @@
-"""What the tests launch on two processes, once for all of them: steps of the Trainer, and of learned attention.
+"""Training steps on two processes, with the Trainer and with learned attention, launched once for all tests.
 
 accelerate launch --multi_gpu --num_processes 2 --module tests.two_processes results
 """
@@ -16,6 +16,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     consistency_tasks.main(str(folder / "steps.pt"), "2", "2")
-    # The trainers have made the group of the processes.
+    # The trainers have initialized the process group.
     rank = dist.get_rank()
     torch.save(reweighting_processes.steps(rank, dist.get_world_size()), folder / f"reweighting.{rank}.pt")

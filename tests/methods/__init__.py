@@ -2,10 +2,10 @@
 
 Every method has a module `tests/methods/test_<name>.py` with
 
-- `EXAMPLES`: settings by name, strong enough to show, that all tests over the table run with;
-- `IDLE`: settings so weak that nothing happens, for perturbations;
-- `reference`: the definition in plain float64, see [`Definition`], for perturbations; learned methods have theirs in
-  `tests/test_reweighting.py`, which takes their examples.
+- `EXAMPLES`: settings with a clear effect, by name; all tests over the table use them;
+- `IDLE`: settings without effect, for perturbations;
+- `reference`: the plain float64 definition, see [`Definition`], for perturbations; the references of learned methods
+  are in `tests/test_reweighting.py`, which uses their examples.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from ..cases import AttentionCase
 
 @dataclass(frozen=True)
 class Definition:
-    """Attention as the definitions see it; the reference of a perturbation changes it.
+    """The attention computation that a reference changes.
 
     Args:
         case: the attention call.
@@ -51,12 +51,12 @@ class Definition:
         return self.scores + self.bias
 
     def attend(self, *, dropout: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output and weights."""
+        """Returns output and weights."""
         scores, visible, value = self.final_scores, self.visible, self.value
         if self.zeroed is not None:
             scores = torch.where(self.zeroed, torch.zeros_like(scores), scores)
         elif self.case.name == "static_prefill" and torch.equal(visible, self.case.visible):
-            # SDPA leaves the empty tail of a static cache out before it samples dropout.
+            # SDPA removes the empty tail of a static cache before it samples dropout.
             keys = slice(self.case.queries)
             scores, visible, value = scores[..., keys], visible[..., keys], value[:, :, keys]
         output, weights = reference.attend(scores, value, visible, sinks=sinks, dropout=dropout)
@@ -67,10 +67,10 @@ Reference = Callable[[Any, Definition], Definition]
 
 
 def module_of(method: type[Method]) -> ModuleType:
-    """The test module of a method.
+    """Returns the test module of a method.
 
     Raises:
-        AssertionError: naming what is missing.
+        AssertionError: if the module or one of its attributes is missing.
     """
     name = method.method if issubclass(method, LearnedMethod) else method.variant
     needed = ["EXAMPLES", "IDLE", "reference"] if issubclass(method, Perturbation) else ["EXAMPLES"]
@@ -86,23 +86,23 @@ def module_of(method: type[Method]) -> ModuleType:
 
 
 def examples(kind: type[Method] = Perturbation) -> dict[str, Any]:
-    """The examples of all methods of a kind, by name."""
+    """Returns the examples of all methods of a kind, by name."""
     rows = [module_of(method).EXAMPLES for method in METHODS if issubclass(method, kind)]
     return {name: example for row in rows for name, example in row.items()}
 
 
 def one_example_each() -> dict[str, Perturbation]:
-    """The first example of each perturbation, by variant, acting on every kind of attention."""
+    """Returns the first example of each perturbation, by variant, for every kind of attention."""
     everywhere = ("encoder_self", "decoder_self", "cross")
     firsts = {name: next(iter(module_of(method).EXAMPLES.values())) for name, method in PERTURBATIONS.items()}
     return {name: replace(example, attentions=everywhere) for name, example in firsts.items()}
 
 
 def idle_examples() -> list[Perturbation]:
-    """Settings of all perturbations that are so weak that nothing happens."""
+    """Returns the settings without effect of all perturbations."""
     return [idle for method in PERTURBATIONS.values() for idle in module_of(method).IDLE]
 
 
 def reference_of(perturbation: Perturbation) -> Reference:
-    """The definition of a perturbation."""
+    """Returns the reference of a perturbation."""
     return module_of(type(perturbation)).reference

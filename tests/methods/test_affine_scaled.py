@@ -1,4 +1,4 @@
-"""Affine-Scaled Attention: the settings that it is tested with, in tests/test_reweighting.py."""
+"""Affine-Scaled Attention: examples for tests/test_reweighting.py."""
 
 from hf_attentiondrop import AffineScaledConfig
 

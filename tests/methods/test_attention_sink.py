@@ -1,4 +1,4 @@
-"""The learned sink: the settings that it is tested with, in tests/test_reweighting.py."""
+"""The learned sink: examples for tests/test_reweighting.py."""
 
 from hf_attentiondrop import AttentionSinkConfig
 

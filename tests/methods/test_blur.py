@@ -1,4 +1,4 @@
-"""Blurred Attention Smoothing: its definition, and where it cannot act."""
+"""Blurred Attention Smoothing: reference, and errors for softcapped models."""
 
 from dataclasses import replace
 

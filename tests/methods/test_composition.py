@@ -1,4 +1,4 @@
-"""Lists of perturbations: the first runs around the last, in attention calls and through the whole package."""
+"""Lists of perturbations: the first one wraps the others, in attention calls and in whole models."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DropHead: its definition, and what it drops."""
+"""DropHead: reference and statistics."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Gated Attention: the settings that it is tested with, in tests/test_reweighting.py."""
+"""Gated Attention: examples for tests/test_reweighting.py."""
 
 from hf_attentiondrop import GatedAttentionConfig
 

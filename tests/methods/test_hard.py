@@ -1,4 +1,4 @@
-"""Hard Attention Masking: its definition, and its ways without a score matrix."""
+"""Hard Attention Masking: reference, and computation without a score matrix."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def reference(hard: HardMasking, definition: Definition) -> Definition:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hard in blocks, of which even the short sequences here need several, in both directions."""
+    """Blocks so small that even the short sequences here need several of them."""
     monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
     monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
     monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
@@ -77,9 +77,9 @@ def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monk
 
 @pytest.mark.parametrize("name", ["hard_mask", "hard_zero"])
 def test_dropout_in_blocks_is_that_of_the_module(name: str, small_blocks: None) -> None:
-    """The random numbers are not those of the definition, and the mean is the same."""
+    """The random numbers differ from those of the reference, but the mean is the same."""
     case = CASES_BY_NAME["float_with_bias"]
-    perturbation = replace(EXAMPLES[name], p=1.0, k=1)  # Then only dropout is left to chance.
+    perturbation = replace(EXAMPLES[name], p=1.0, k=1)  # Only dropout is random then.
     module, tensors = make_module(case, perturbation), case.tensors()
     outputs = torch.stack(
         [attention_drop_forward(module, *tensors, case.mask(), dropout=0.5, scaling=0.3)[0] for _ in range(200)]

@@ -1,4 +1,4 @@
-"""The table of methods: every row is complete, and a method that is not fails loudly."""
+"""The table of methods: every row is complete, and an incomplete one fails a test."""
 
 import ast
 import json
@@ -24,10 +24,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def check_row(method: type[Method]) -> None:
-    """Checks that a method has all that the rest of the tests, the cards and the docs need.
+    """Checks that a method has its row, export, card and docs.
 
     Raises:
-        AssertionError: naming what is missing.
+        AssertionError: if something is missing.
     """
     is_learned = issubclass(method, LearnedMethod)
     name = method.method if is_learned else method.variant
@@ -70,7 +70,7 @@ def test_every_class_in_the_folder_has_a_row() -> None:
 
 
 class TestAToyMethod:
-    """Someone adds a method, and forgets one thing after the other."""
+    """Each test adds a method with one part missing."""
 
     @dataclass(frozen=True, repr=False)
     class Halving(Perturbation):
