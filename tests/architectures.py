@@ -401,6 +401,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2 (with cross-attention)": Architecture("gpt2", _CROSS, inputs=_encoder_states, causal=True, padded=True),
 }
 SUPPORTED = [name for name, architecture in ARCHITECTURES.items() if architecture.works]
-REFUSED = [name for name, architecture in ARCHITECTURES.items() if not architecture.works]
+UNSUPPORTED = [name for name, architecture in ARCHITECTURES.items() if not architecture.works]
 # Model types that the installed Transformers does not have yet.
 ABSENT = [name for name, architecture in ARCHITECTURES.items() if architecture.model_type not in CONFIG_MAPPING]

@@ -20,7 +20,7 @@ from docs.generate_support_table import support_document
 from hf_attentiondrop import AffineScaledConfig, configure, report
 from hf_attentiondrop.methods.method import Perturbation
 
-from .architectures import ABSENT, ARCHITECTURES, REFUSED, SUPPORTED, Inputs, build, model_class, tiny_inputs
+from .architectures import ABSENT, ARCHITECTURES, SUPPORTED, UNSUPPORTED, Inputs, build, model_class, tiny_inputs
 from .methods import idle_examples, one_example_each
 
 
@@ -124,11 +124,11 @@ def _trained_with(name: str, drop: Perturbation) -> PreTrainedModel:
 def test_the_sweep_does_not_shrink() -> None:
     assert sum(architecture.supported for architecture in ARCHITECTURES.values()) >= 175
     assert len(ARCHITECTURES) >= 233
-    assert set(SILENT.split()) <= set(REFUSED)
+    assert set(SILENT.split()) <= set(UNSUPPORTED)
 
 
 @pytest.mark.slow
-def test_the_documented_table_is_what_the_models_do() -> None:
+def test_the_documented_table_is_up_to_date() -> None:
     document = (Path(__file__).parents[1] / "docs" / "supported_models.md").read_text(encoding="utf-8")
     version = Version(transformers.__version__)
     if f"with Transformers {version.major}.{version.minor}." not in document:
@@ -138,14 +138,14 @@ def test_the_documented_table_is_what_the_models_do() -> None:
     )
 
 
-@_cases(REFUSED)
-def test_what_cannot_work_is_refused_when_built(name: str) -> None:
+@_cases(UNSUPPORTED)
+def test_unsupported_models_raise_when_built(name: str) -> None:
     with pytest.raises(ValueError, match=f"{model_class(name).__name__}.*attention"):
         build(name, "attentiondrop")
 
 
 @_cases(SUPPORTED)
-def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
+def test_evaluation_equals_stock_transformers(name: str) -> None:
     stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=PERTURBATIONS["hard"]).eval()
     inputs = tiny_inputs(name, model)
     outputs = _run(model, inputs)
@@ -158,7 +158,7 @@ def test_evaluation_is_that_of_stock_transformers(name: str) -> None:
 
 
 @_cases(SUPPORTED)
-def test_training_without_a_hit_is_eager_training(name: str) -> None:
+def test_training_without_effect_equals_eager_training(name: str) -> None:
     """Perturbed attention still applies every kind of bias, softcap, sink and mask."""
     model = _trained_with(name, PERTURBATIONS["hard"])
     inputs = tiny_inputs(name, model)
@@ -173,7 +173,7 @@ def test_training_without_a_hit_is_eager_training(name: str) -> None:
 
 
 @_cases(SOFTCAPPED)
-def test_blur_of_capped_scores_is_refused_when_the_model_is_built(name: str) -> None:
+def test_blur_of_softcapped_scores_raises_when_built(name: str) -> None:
     with pytest.raises(ValueError, match="blur.*softcap"):
         _trained_with(name, PERTURBATIONS["blur"])
 
@@ -191,7 +191,7 @@ def test_training_perturbs_every_attention(name: str, drop: Perturbation) -> Non
 
 
 @_variants([name for name in SUPPORTED if ARCHITECTURES[name].causal])
-def test_no_token_feels_a_later_one(name: str, drop: Perturbation) -> None:
+def test_tokens_do_not_depend_on_later_tokens(name: str, drop: Perturbation) -> None:
     model = _trained_with(name, drop)
     inputs = tiny_inputs(name, model)
     key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
@@ -204,7 +204,7 @@ def test_no_token_feels_a_later_one(name: str, drop: Perturbation) -> None:
 
 
 @_variants([name for name in SUPPORTED if ARCHITECTURES[name].padded])
-def test_no_token_feels_padding(name: str, drop: Perturbation) -> None:
+def test_tokens_do_not_depend_on_padding(name: str, drop: Perturbation) -> None:
     model = _trained_with(name, drop)
     inputs = tiny_inputs(name, model)
     real = inputs["attention_mask"].bool()
@@ -234,20 +234,20 @@ def test_reweighting_starts_as_the_base_and_learns(name: str) -> None:
 
 
 @_cases(NOT_REWEIGHTED)
-def test_what_cannot_be_reweighted_is_refused_when_built(name: str) -> None:
+def test_models_that_drop_keyword_arguments_raise_when_built(name: str) -> None:
     with pytest.raises(ValueError, match="does not pass its keyword arguments on"):
         _reweighted(name)
 
 
 @_cases(STOPPED_REWEIGHTING)
-def test_what_cannot_be_reweighted_stops(name: str) -> None:
+def test_models_that_attend_within_segments_raise_in_the_first_forward(name: str) -> None:
     model = _reweighted(name)
     with pytest.raises((ValueError, RuntimeError), match="learned weights"):
         model(**tiny_inputs(name, model))
 
 
 @_cases(SUPPORTED)
-def test_kinds_are_what_happens(name: str) -> None:
+def test_kinds_match_the_calls(name: str) -> None:
     """Cross-attention is attention with keys of another sequence, and generative models have a decoder."""
     model = _trained_with(name, PERTURBATIONS["hard"])
     given_other_states = {}

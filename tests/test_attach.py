@@ -147,7 +147,7 @@ def test_present_however_a_model_is_made(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_switching_a_loaded_model_attaches_and_leaving_is_refused(family: str) -> None:
+def test_switching_a_loaded_model_attaches_weights_and_switching_back_raises(family: str) -> None:
     model, batch = build(family, dropout=False, attn_implementation="sdpa"), inputs(family)
     before = logits(model, batch)
     model.set_attn_implementation("affine_scaled")
@@ -160,7 +160,7 @@ def test_switching_a_loaded_model_attaches_and_leaving_is_refused(family: str) -
     assert torch.equal(logits(model, batch), after)
 
 
-def test_loading_with_another_implementation_is_refused(tmp_path: Path) -> None:
+def test_loading_with_another_implementation_raises(tmp_path: Path) -> None:
     build_reweighted("bert").save_pretrained(tmp_path)
     for other in ("sdpa", "eager", "attentiondrop"):
         with pytest.raises(ValueError, match="would ignore.*silently wrong"):
@@ -196,7 +196,7 @@ def test_a_checkpoint_may_name_the_implementation_alone(composite: bool, tmp_pat
     assert learned(AutoModel.from_pretrained(tmp_path)).keys() and learned(model)
 
 
-def test_a_method_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+def test_a_method_of_a_newer_release_raises(tmp_path: Path) -> None:
     build_reweighted("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["attn_implementation"] = "hf_attentiondrop.something_new"
@@ -244,7 +244,7 @@ def test_a_bad_configuration_stops_the_build(values: dict[str, Any], message: st
         (VideoMAEModel, VideoMAEConfig(**TINY, image_size=8, patch_size=4, num_frames=2)),
     ],
 )
-def test_a_model_that_drops_keyword_arguments_is_refused(model_class: type[PreTrainedModel], config: Any) -> None:
+def test_a_model_that_drops_keyword_arguments_raises(model_class: type[PreTrainedModel], config: Any) -> None:
     with pytest.raises(ValueError, match="does not pass its keyword arguments on"):
         model_class._from_config(config, attn_implementation="affine_scaled")
     model = model_class._from_config(config, attn_implementation="sdpa")
@@ -254,7 +254,7 @@ def test_a_model_that_drops_keyword_arguments_is_refused(model_class: type[PreTr
     assert not learned(model)
 
 
-def test_tensor_parallelism_is_refused() -> None:
+def test_tensor_parallelism_raises() -> None:
     config = build("llama", attn_implementation="sdpa").config
     config.distributed_config = DistributedConfig(tp_size=2)
     with pytest.raises(ValueError, match="do not support tensor parallelism"):
@@ -439,7 +439,7 @@ def test_cached_decoding_equals_the_full_forward(family: str, num_beams: int, na
         torch.testing.assert_close(generated.scores, uncached.scores, rtol=0, atol=1e-5)
 
 
-def test_an_average_that_was_cast_is_refused() -> None:
+def test_an_average_that_was_cast_raises() -> None:
     """FSDP's MixedPrecision(buffer_dtype=torch.bfloat16) also casts the average, unlike `.to()`."""
     model, batch = build_reweighted("bert"), inputs("bert")
     reweighting = next(module for module in model.modules() if hasattr(module, "average"))

@@ -122,14 +122,14 @@ def test_nothing_is_drawn_or_counted_when_the_rate_is_zero(drop: Perturbation) -
 
 @pytest.mark.parametrize("name", ["indices", "block_indices", "cu_seq_lens_q", "cache"])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_argument_that_would_be_ignored_is_refused_by_name(name: str, training: bool) -> None:
+def test_an_unsupported_argument_raises_with_its_name(name: str, training: bool) -> None:
     case = CASES_BY_NAME["none"]
     module = make_module(case, EXAMPLES["hard_mask"]).train(training)
     with pytest.raises(ValueError, match=f"passes `{name}`"):
         attention_drop_forward(module, *case.tensors(), None, **{name: torch.arange(3)})
 
 
-def test_packing_is_taken_from_the_mask_and_refused_without_one() -> None:
+def test_packing_is_read_from_the_mask_and_raises_without_one() -> None:
     case = CASES_BY_NAME["packed"]
     module, lengths = make_module(case, EXAMPLES["hard_mask"]), {"cu_seq_lens_q": torch.tensor([0, 4, 6, 9])}
     results = []
@@ -142,7 +142,7 @@ def test_packing_is_taken_from_the_mask_and_refused_without_one() -> None:
         attention_drop_forward(module, *case.tensors(), None, **lengths)
 
 
-def test_a_module_outside_of_a_model_is_refused_in_training() -> None:
+def test_a_module_outside_of_a_model_raises_in_training() -> None:
     case = CASES_BY_NAME["none"]
     module = make_module(case, EXAMPLES["hard_mask"])
     del module.attention_drop_state

@@ -278,7 +278,7 @@ def test_a_model_whose_stacks_hold_copies_of_its_config_switches_as_a_whole() ->
     assert calls == [2] * len(calls) and len(calls) == 4
 
 
-def test_a_switch_that_is_refused_leaves_the_model_as_it_was() -> None:
+def test_a_failed_switch_leaves_the_model_unchanged() -> None:
     composite = COMPOSITES["pair"]
     model = composite.build()
     model.config.text_config.attention_drop = AttentionDropConfig(layers=[7])
@@ -289,7 +289,7 @@ def test_a_switch_that_is_refused_leaves_the_model_as_it_was() -> None:
     assert running(model) == dict.fromkeys(composite.names, {"sdpa"})
 
 
-def test_learned_weights_that_the_composite_describes_otherwise_are_refused() -> None:
+def test_learned_weights_that_do_not_match_the_composite_config_raise() -> None:
     encoder = text_encoder(attn_implementation="affine_scaled", attention_reweighting=AffineScaledConfig(momentum=0.5))
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TEXT), BertConfig(**TEXT))
     with pytest.raises(ValueError, match="momentum=0.5.*would load as a different model"):
@@ -383,7 +383,7 @@ def test_a_model_in_a_module_that_runs_something_else_is_left_alone() -> None:
         hf_attentiondrop.configure(pair, {"p": 0.8})
 
 
-def test_a_configuration_that_one_model_refuses_changes_none() -> None:
+def test_a_configuration_that_fails_for_one_model_changes_none() -> None:
     pair = Pair(build("llama", attention_drop={"p": 0.3}), build("bert", attention_drop={"p": 0.3}))
     with pytest.raises(ValueError, match="no attention of LlamaForCausalLM matches"):
         hf_attentiondrop.configure(pair, {"p": 0.8, "attentions": ["encoder_self"]})
@@ -425,7 +425,7 @@ def test_a_part_of_a_part_is_switched() -> None:
         assert perturbed_parts(model) == set()
 
 
-def test_a_name_that_reaches_no_part_of_a_pair_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_name_that_no_part_of_a_pair_runs_raises(tmp_path: Path) -> None:
     for name in ("encoder", "decoder"):
         BertModel(BertConfig(**TINY, is_decoder=name == "decoder")).save_pretrained(tmp_path / name)
     folders = (tmp_path / "encoder", tmp_path / "decoder")

@@ -130,7 +130,7 @@ def test_a_learned_method_that_is_given_must_be_run(folder: Path) -> None:
 )
 @pytest.mark.parametrize("implementation", ["attentiondrop", "affine_scaled"])
 @pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy], ids=["model", "copy"])
-def test_an_impossible_assignment_is_refused(drop: Any, message: str, implementation: str, clone: Any) -> None:
+def test_an_impossible_assignment_raises(drop: Any, message: str, implementation: str, clone: Any) -> None:
     model, batch = clone(build("bert", attn_implementation=implementation)), inputs("bert")
     model.train()(**batch)
     model.config.attention_drop = {"p": 0.3}
@@ -143,19 +143,19 @@ def test_an_impossible_assignment_is_refused(drop: Any, message: str, implementa
     assert [row.layer for row in report(model).active] == [1]
 
 
-def test_an_impossible_assignment_after_a_switch_of_one_part_is_refused() -> None:
+def test_an_impossible_assignment_after_a_switch_of_one_part_raises() -> None:
     config = CLIPConfig(**TINY_CLIP)
     config.vision_config.num_hidden_layers = 3
     model = CLIPModel._from_config(config, attn_implementation="attentiondrop")
     model.config.attention_drop = {"layers": [2]}
     assert len(report(model).active) == 1
-    refusal = "names layer 2, and CLIPModel has no such layer"
-    with pytest.raises(ValueError, match=refusal):
+    message = "names layer 2, and CLIPModel has no such layer"
+    with pytest.raises(ValueError, match=message):
         model.set_attn_implementation({"vision_config": "sdpa"})
     assert len(report(model).active) == 1
     model.config.attention_drop = {"layers": [1]}
     model.set_attn_implementation({"vision_config": "sdpa"})
-    with pytest.raises(ValueError, match=refusal):
+    with pytest.raises(ValueError, match=message):
         model.config.attention_drop = {"layers": [2]}
     assert [row.layer for row in report(model).active] == [1]
 
@@ -169,7 +169,7 @@ def test_what_is_given_to_a_part_that_runs_something_else_must_act() -> None:
     assert report(CLIPModel._from_config(config, attn_implementation={"text_config": "attentiondrop"})).active
 
 
-def test_an_impossible_assignment_to_a_model_that_grew_is_refused() -> None:
+def test_an_impossible_assignment_to_a_model_that_grew_raises() -> None:
     model = build("llama", attn_implementation="attentiondrop")
     model.model.layers.append(copy.deepcopy(model.model.layers[0]))
     configure(model, {"p": 0.3})

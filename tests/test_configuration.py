@@ -48,7 +48,7 @@ from hf_attentiondrop.methods.parsing import perturbation_from
         ({"attentions": "cross"}, "`attentions` must be"),
     ],
 )
-def test_a_bad_value_is_refused_with_what_was_expected(values: dict[str, Any], message: str) -> None:
+def test_an_invalid_value_raises_with_the_expected_one(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentionDropConfig(**values)
 
@@ -67,7 +67,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(values: dict[str, Any], m
         ({"width": 3}, "The keys of hard are p, k, fill, layers, attentions."),
     ],
 )
-def test_a_field_that_the_variant_does_not_use_is_refused(values: dict[str, Any], message: str) -> None:
+def test_a_setting_of_another_variant_raises(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         AttentionDropConfig(**values)
 
@@ -129,17 +129,17 @@ def test_the_same_holds_for_learned_methods() -> None:
 @pytest.mark.parametrize(
     "values", [{"layers": "01"}, {"layers": np.array(1)}, {"layers": {0: 1}}, {"k": np.float64(3)}, {"p": np.True_}]
 )
-def test_what_only_resembles_them_is_refused(values: dict[str, Any]) -> None:
+def test_similar_entries_raise(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(values))}` must be"):
         AttentionDropConfig(**values)
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_key_raises_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="Unknown key 'sigma'.*Did you mean 'sigma_max'"):
         perturbation_from({"sigma": 1.0})
 
 
-def test_something_else_than_a_mapping_is_refused() -> None:
+def test_a_value_that_is_no_mapping_raises() -> None:
     with pytest.raises(TypeError, match="must be one of HardMasking, .* a dict"):
         BertConfig(attention_drop=0.1)
 
@@ -187,7 +187,7 @@ def test_sub_configs_follow_and_keep_their_differences(config_class: type[PreTra
     assert [c.attention_drop.p for c in (restored, restored.text_config, restored.vision_config)] == [0.1, 0.1, 0.1]
 
 
-def test_another_owner_of_the_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_owner_of_the_entry_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedConfig, "attention_drop", property(lambda self: None))
     with pytest.raises(RuntimeError, match="already exists"):
         register_config_entries()

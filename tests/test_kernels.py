@@ -213,7 +213,7 @@ def test_cross_attention_stays_on_sdpa_under_flash(kernels: Kernels) -> None:
         ("affine_scaled", ValueError, "cannot compute the base attention"),
     ],
 )
-def test_what_cannot_be_a_base_is_refused(name: str, error: type[Exception], words: str) -> None:
+def test_an_unsupported_base_raises(name: str, error: type[Exception], words: str) -> None:
     model = build("bert")
     with pytest.raises(error, match=words):
         set_base_attention(model, name)
@@ -226,6 +226,6 @@ def test_flash_that_is_not_installed_is_an_error() -> None:
         set_base_attention(build("bert"), "flash_attention_2")
 
 
-def test_a_model_without_our_attention_is_refused() -> None:
+def test_a_model_without_our_attention_raises() -> None:
     with pytest.raises(ValueError, match="another base attention would have no effect"):
         set_base_attention(build("bert", attn_implementation="sdpa"), "flex_attention")

@@ -109,7 +109,7 @@ def test_an_assignment_to_the_config_acts_too() -> None:
     assert not torch.equal(training_output(model, batch), clean)
 
 
-def test_configure_refuses_a_model_that_would_ignore_it() -> None:
+def test_configure_raises_for_a_model_that_would_ignore_it() -> None:
     with pytest.raises(
         ValueError, match=r'uses attn_implementation=.sdpa.*set_attn_implementation\("attentiondrop"\)'
     ):
@@ -140,19 +140,19 @@ def test_switching_to_and_from(family: str, other: str) -> None:
     ],
     ids=["constructor", "from_config", "switch"],
 )
-def test_a_model_that_ignores_the_interface_is_refused(build_model: Any) -> None:
+def test_a_model_that_ignores_the_interface_raises(build_model: Any) -> None:
     with pytest.raises(ValueError, match="MPNetModel does not dispatch its attention.*BERT, RoBERTa"):
         build_model()
 
 
-def test_a_refused_pretrained_model_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_unsupported_pretrained_model_leaves_nothing_behind(tmp_path: Path) -> None:
     MPNetModel(MPNetConfig(**TINY)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="MPNetModel does not dispatch"):
         AutoModel.from_pretrained(tmp_path, attn_implementation="attentiondrop")
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "eager"
 
 
-def test_a_model_without_attention_is_refused_alone_and_accepted_as_a_part() -> None:
+def test_a_model_without_attention_raises_alone_but_not_as_a_part() -> None:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
     with pytest.raises(ValueError, match="ResNetModel has no attention"):
         ResNetModel._from_config(config, attn_implementation="attentiondrop")
@@ -211,7 +211,7 @@ def test_the_dict_form_reaches_one_sub_model() -> None:
         {"text_config": {"txt": "affine_scaled"}},
     ],
 )
-def test_a_dict_that_names_no_part_is_refused(requested: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dict_that_names_no_part_raises(requested: dict[str, Any], tmp_path: Path) -> None:
     message = "names '(txt_config|vison_config|txt)', but CLIP(Text)?Config has no such part"
     with pytest.raises(ValueError, match=message):
         CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation=requested)
@@ -223,7 +223,7 @@ def test_a_dict_that_names_no_part_is_refused(requested: dict[str, Any], tmp_pat
         AutoModel.from_pretrained(tmp_path, attn_implementation=requested)
 
 
-def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are() -> None:
+def test_a_dict_for_a_model_without_parts_raises() -> None:
     with pytest.raises(
         ValueError, match="'text_config', but BertConfig has no such part.*It has no parts; the key ''"
     ):
@@ -235,7 +235,7 @@ def test_a_dict_for_a_model_without_parts_is_refused_and_names_those_there_are()
     assert build("bert", attn_implementation={"text_config": "eager"}).config._attn_implementation == "sdpa"
 
 
-def test_a_name_that_is_nearly_ours_is_met_with_ours(tmp_path: Path) -> None:
+def test_a_misspelled_name_raises_with_a_suggestion(tmp_path: Path) -> None:
     message = 'attention_drop.*is not supported.*hf_attentiondrop adds "attentiondrop", "affine_scaled"'
     message += ".*Did you mean 'attentiondrop'"
     build("bert", attn_implementation="sdpa").save_pretrained(tmp_path)
@@ -277,7 +277,7 @@ def test_a_copy_is_perturbed_and_counted_on_its_own(clone: Any) -> None:
     assert [[row.calls for row in hf_attentiondrop.report(m).rows] for m in (model, other)] == [[1, 1], [2, 2]]
 
 
-def test_registering_twice_is_harmless_and_a_clash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_twice_is_harmless_and_a_clash_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     post_init = BertModel.post_init
     register()
     assert BertModel.post_init is post_init
@@ -286,7 +286,7 @@ def test_registering_twice_is_harmless_and_a_clash_is_refused(monkeypatch: pytes
         register()
 
 
-def test_an_older_dependency_is_refused_on_import() -> None:
+def test_an_older_dependency_raises_on_import() -> None:
     code = (
         "import importlib.metadata as metadata\n"
         "real = metadata.version\n"

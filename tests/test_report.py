@@ -129,7 +129,7 @@ def test_gradient_checkpointing_changes_nothing_and_counts_once(
     assert calls == other_calls == [1] * len(calls)
 
 
-def test_a_wrapped_model_is_found_and_anything_else_refused() -> None:
+def test_a_wrapped_model_is_found_and_other_objects_raise() -> None:
     assert report(nn.ModuleDict({"inner": build("bert")})).model == "BertForSequenceClassification"
     with pytest.raises(TypeError, match="Expected a Transformers model"):
         report(nn.Linear(2, 2))

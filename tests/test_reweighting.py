@@ -269,14 +269,14 @@ def test_the_average_is_detached() -> None:
     assert not module.reweighting.average.requires_grad and module.reweighting.average.grad is None
 
 
-def test_a_sink_refuses_a_softcap() -> None:
+def test_a_sink_raises_for_a_softcap() -> None:
     case = CASES_BY_NAME["none"]
     module = make_reweighted(case, AttentionSinkConfig(), module_class=Gemma2Attention)
     with pytest.raises(ValueError, match="caps its scores"):
         run(module, case, states_of(case), *case.tensors(), softcap=2.0)
 
 
-def test_missing_and_misplaced_states_are_refused() -> None:
+def test_missing_and_misplaced_states_raise() -> None:
     case = CASES_BY_NAME["none"]
     module = make_reweighted(case, AFFINE["default"])
     with pytest.raises(RuntimeError, match="did not pass the hidden states on"):

@@ -141,14 +141,14 @@ def attentions(model: nn.Module) -> list[nn.Module]:
         ({"variant": "blur", "width": 1}, 1.0, "perturbs nothing at any value.*width above 1"),
     ],
 )
-def test_a_scheduled_value_that_cannot_act_is_refused(drop: dict, value: Any, message: str) -> None:
+def test_a_scheduled_value_that_cannot_act_raises(drop: dict, value: Any, message: str) -> None:
     model = build("bert", attention_drop=drop)
     with pytest.raises(ValueError, match=message):
         set_scheduled_value(model, value)
     assert scheduled_values(model) == set()
 
 
-def test_a_schedule_of_a_model_that_would_ignore_it_is_refused() -> None:
+def test_a_schedule_of_a_model_that_would_ignore_it_raises() -> None:
     with pytest.raises(ValueError, match="so a scheduled value would have no effect"):
         set_scheduled_value(build("bert", attn_implementation="sdpa"), 0.1)
     learned = build("bert", attn_implementation="affine_scaled")

@@ -26,7 +26,7 @@ def reference(blur: BlurredSmoothing, definition: Definition) -> Definition:
     return replace(definition, scores=scores)
 
 
-def test_a_softcap_is_refused() -> None:
+def test_a_softcap_raises() -> None:
     case = CASES_BY_NAME["none"]
     module = make_module(case, EXAMPLES["blur"], Gemma2Attention)
     with pytest.raises(ValueError, match='caps its scores.*variant="hard"'):

@@ -82,7 +82,7 @@ def test_a_list_survives_in_config_json(tmp_path: Path) -> None:
         ([{"p": 0.1}, {"p": 0.2, "layers": [9]}], ValueError, "names layer 9"),
     ],
 )
-def test_one_bad_method_refuses_the_list(methods: list, error: type[Exception], message: str) -> None:
+def test_one_invalid_method_raises_for_the_whole_list(methods: list, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build("bert", attention_drop=methods)
     model = build("bert", attention_drop={"p": 0.3})
