@@ -74,7 +74,7 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
 
 
 def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -> None:
-    """Sets the current `p` (`"hard"`) or `sigma_max` (`"blur"`) of a model, for a schedule.
+    """Sets the current value of a scheduled setting: `sigma_max` of `"blur"`, `p` of the other variants.
 
     The value holds until the next call. It changes neither the configuration nor config.json, and checkpoints do not
     contain it: after a resume, set it again for the current step. [`report`] shows it next to the configured value. A

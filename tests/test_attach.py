@@ -444,7 +444,7 @@ def test_an_average_that_was_cast_raises() -> None:
     model, batch = build_reweighted("bert"), inputs("bert")
     reweighting = next(module for module in model.modules() if hasattr(module, "average"))
     reweighting.average = reweighting.average.bfloat16()
-    with pytest.raises(RuntimeError, match="must stay float32, and something cast it to torch.bfloat16"):
+    with pytest.raises(RuntimeError, match="must stay float32, but it was cast to torch.bfloat16"):
         model(**batch)
 
 

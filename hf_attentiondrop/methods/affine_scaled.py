@@ -30,9 +30,9 @@ ACTIVATION_FORMULAS = {"linear_clip": "φ(z) = clamp(0.1 z + 0.5, 0, 1)", "sigmo
 
 
 class AffineScaling(LearnedWeights):
-    """The weights of the scale, and the moving average that the bias balances the scale against.
+    """The weights of the scale, and its moving average, which determines the bias.
 
-    The average is a float32 buffer whatever the dtype of the model: in half precision it would stop moving.
+    The average is a float32 buffer in models of any dtype, because in half precision small updates would be lost.
     """
 
     average: Tensor
@@ -63,14 +63,13 @@ class AffineScaling(LearnedWeights):
     def _rescaled(self, states: Tensor, call: AttentionCall, attend: Attend) -> AttentionOutput:
         if self.average.dtype != torch.float32:
             raise RuntimeError(
-                f"The moving average of {type(call.module).__name__} must stay float32, and something cast it to "
-                f"{self.average.dtype}, in which it would stop moving. Under FSDP set buffer_dtype=torch.float32 in "
-                "MixedPrecision; FSDP2 and autocast leave buffers alone."
+                f"The moving average of {type(call.module).__name__} must stay float32, but it was cast to "
+                f"{self.average.dtype}, which would lose small updates. Under FSDP set buffer_dtype=torch.float32 in "
+                "MixedPrecision; FSDP2 and autocast do not cast buffers."
             )
         logits = project(states, self.weight)  # (B, Q, H)
         alpha = affine_scale(logits, activation=self.config.activation, init=self.config.init)
-        # Once per forward of the module: DiffLlama attends twice in it, to the two halves of the values, with the same
-        # weights.
+        # Once per forward of the module: DiffLlama calls attention twice, once for each half of the values.
         if call.module.training and not is_recomputing() and "has_moved" not in call.memory:
             self._update_average(alpha.detach(), call.real_queries)
             call.memory["has_moved"] = True
@@ -105,22 +104,26 @@ class AffineScaling(LearnedWeights):
 
 @dataclass(frozen=True, repr=False)
 class AffineScaledConfig(LearnedMethod):
-    """Affine-Scaled Attention, `attn_implementation="affine_scaled"` (arXiv 2602.23057).
+    """Affine-Scaled Attention: a learned scale and bias on the attention weights (arXiv 2602.23057).
+
+    The settings of `attn_implementation="affine_scaled"`. Weights become `α · softmax + β` on the visible keys, where
+    `α` is a scale per query and head, and `β` spreads the difference between `α` and its moving average over the keys.
 
     Args:
         activation (`str`, defaults to `"linear_clip"`):
-            Activation φ that turns `W_a x` into a scale: `"linear_clip"`, `clamp(0.1x + 0.5, 0, 1)`, the paper's
-            choice, or `"sigmoid"`.
+            Activation φ of the scale `φ(W_a x)`: `"linear_clip"`, `clamp(0.1x + 0.5, 0, 1)`, the paper's choice, or
+            `"sigmoid"`.
         init (`str`, defaults to `"identity"`):
-            `"identity"` starts exactly as the base model: scales are `1 + φ(W_a x) - φ(0)`, `W_a` is zero and the
-            moving average 1. `"paper"`, for training from scratch: scales are `φ(W_a x)`, the average is 0.
+            `"identity"` starts exactly at the base model: the scale is `1 + φ(W_a x) - φ(0)`, with `W_a` initially 0
+            and the moving average 1. `"paper"` is for training from scratch: the scale is `φ(W_a x)`, with a random
+            `W_a` and an initial average of 0.
         momentum (`float`, defaults to 0.9):
-            Of the moving average of the scales, in [0, 1].
+            Momentum of the moving average of the scale, in [0, 1].
         bias_length (`str`, defaults to `"visible"`):
-            Divisor of the bias: `"visible"`, the number of keys that the query sees, the same in training and in
-            cached decoding, or `"keys"`, the length of the keys, as in the paper.
+            Divisor of the bias: `"visible"`, the number of keys that the query sees, which is the same in training
+            and in cached decoding, or `"keys"`, the number of all keys, as in the paper.
         gate (`bool`, defaults to `False`):
-            Whether to gate the output as well, as `"gated_attention"` does.
+            Whether to add the gate of `"gated_attention"` on the output.
         layers (`list[int]`, *optional*):
             Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
 

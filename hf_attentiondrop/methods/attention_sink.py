@@ -18,9 +18,9 @@ from .papers import AFFINE_SCALED
 
 
 class AttentionSink(LearnedWeights):
-    """One more score in every softmax, for a key that is not there."""
+    """One learned score per head that joins every softmax without a key or value."""
 
-    # The perturbations act on the keys of the model. The sink is not one of them.
+    # Perturbations must act on the model's keys only, so the sink is added inside of them.
     acts_on_scores = True
 
     def __init__(self, config: Any, dimensions: Dimensions, **factory: Any) -> None:
@@ -40,8 +40,8 @@ class AttentionSink(LearnedWeights):
             )
         scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         query, key, value = prepend_sink(call.query, call.key, call.value, self.weight, scaling=scaling)
-        # Without a mask, causal order has to let every query see the sink: with one more query in front, query i + 1
-        # sees keys 0 to i + 1.
+        # Without a mask, prepending the sink to the keys alone would shift causal order by one. With one more query in
+        # front, query i + 1 sees keys 0 to i + 1.
         added = int(call.mask is None and call.causal and query.shape[-2] > 1)
         padding = (1, 0, added, 0)
         extras = call.extras
@@ -65,12 +65,14 @@ class AttentionSink(LearnedWeights):
 
 @dataclass(frozen=True, repr=False)
 class AttentionSinkConfig(LearnedMethod):
-    """A learned sink in every head's softmax, `attn_implementation="attention_sink"`.
+    """A learned attention sink: a score per head that joins the softmax, so a query can attend to no key.
+
+    The settings of `attn_implementation="attention_sink"`. Source: arXiv 2602.23057, as a baseline.
 
     Args:
         init (`float`, defaults to -4.0):
-            Initial score of the sinks. At -4 a model starts close to the base model, but not exactly there; far
-            below, sinks hardly learn.
+            Initial score of the sinks. With -4 a model starts close to the base model, though not exactly at it; with
+            much lower values the sinks hardly learn.
         layers (`list[int]`, *optional*):
             Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
 

@@ -21,15 +21,21 @@ SOFTCAP_NAME = "attn_logit_softcapping"
 
 @dataclass(frozen=True, repr=False)
 class BlurredSmoothing(Perturbation):
-    """Smooths the attention scores along the keys by a Gaussian (AttentionDrop variant 2, arXiv 2504.12088).
+    """Blurred Attention Smoothing: smooths the scores along the keys in training (AttentionDrop variant 2).
 
-    Images are blurred along their raster order, class token first.
+    Evaluation is unchanged. Images are blurred in raster order, class token first. Source: arXiv 2504.12088.
 
     Args:
         sigma_max (`float`, defaults to 1.0):
-            Each sample draws its standard deviation, in tokens, uniformly from [0, `sigma_max`] in every layer.
+            Largest standard deviation of the Gaussian in tokens. It is sampled uniformly from [0, `sigma_max`] for
+            each sample in each layer.
         width (`int`, defaults to 5):
-            Width of the window in tokens, odd, at least 1. The paper reports a loss of more than two points above 9.
+            Width of the Gaussian's window in tokens, odd, at least 1. The paper reports a loss of more than two
+            points above 9.
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on: `"encoder_self"`, `"decoder_self"`, `"cross"`.
 
     Raises:
         ValueError: if a value is of the wrong type or out of range.
@@ -107,6 +113,6 @@ class BlurredSmoothing(Perturbation):
 def _softcap_error(module: nn.Module, softcap: float) -> ValueError:
     return ValueError(
         f"AttentionDrop's blur cannot act on {type(module).__name__}, which caps its scores (softcap={softcap}): "
-        'blurring the keys no longer blurs the scores once tanh stands between them. Use variant="hard", or set the '
-        "softcap of the model config to None."
+        'because of its tanh, blurring the keys does not blur the scores. Use variant="hard", or set the softcap of '
+        "the model config to None."
     )

@@ -22,13 +22,18 @@ PAPER = """@inproceedings{zhou2020scheduled,
 
 @dataclass(frozen=True, repr=False)
 class DropHead(Perturbation):
-    """Drops whole attention heads of each sample (arXiv 2004.13342).
+    """DropHead: drops whole attention heads of each sample in training (arXiv 2004.13342).
 
-    The outputs of the other heads are scaled up by `H / (heads kept)`. At least one head of every sample is kept.
+    The outputs of the other heads are multiplied by `H / (heads kept)`. At least one head of each sample is kept.
+    Evaluation is unchanged.
 
     Args:
         p (`float`, defaults to 0.1):
             Probability in [0, 1] with which each head of a sample is dropped in a layer.
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on: `"encoder_self"`, `"decoder_self"`, `"cross"`.
 
     Raises:
         ValueError: if a value is of the wrong type or out of range.

@@ -1,4 +1,4 @@
-"""Gated Attention (arXiv 2505.06708): the attention output times a gate that the hidden states open and close."""
+"""Gated Attention (arXiv 2505.06708): multiplies the attention output by a gate computed from the hidden states."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ PAPER = """@article{qiu2025gated,
 
 
 class GatedAttention(LearnedWeights):
-    """The weights of the gate, one component of the attention output per row."""
+    """The weights of the gate, one row per component of the attention output."""
 
     def __init__(self, config: Any, dimensions: Dimensions, **factory: Any) -> None:
         super().__init__(config, dimensions)
@@ -39,12 +39,14 @@ class GatedAttention(LearnedWeights):
 
 @dataclass(frozen=True, repr=False)
 class GatedAttentionConfig(LearnedMethod):
-    """A learned gate on the attention output, `attn_implementation="gated_attention"` (arXiv 2505.06708).
+    """Gated Attention: a learned gate on each component of the attention output (arXiv 2505.06708).
+
+    The settings of `attn_implementation="gated_attention"`.
 
     Args:
         init (`str`, defaults to `"identity"`):
-            `"identity"` starts exactly as the base model: gates are `2 · sigmoid(W_g x)`, `W_g` is zero. `"paper"`,
-            for training from scratch: `sigmoid(W_g x)`.
+            `"identity"` starts exactly at the base model: the gate is `2 · sigmoid(W_g x)`, with `W_g` initially 0.
+            `"paper"` is for training from scratch: the gate is `sigmoid(W_g x)`, with a random `W_g`.
         layers (`list[int]`, *optional*):
             Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
 

@@ -36,18 +36,25 @@ FLEX_ATTENTION_CANDIDATES = 64
 
 @dataclass(frozen=True, repr=False)
 class HardMasking(Perturbation):
-    """Masks some of each query's highest attention scores (AttentionDrop variant 1, arXiv 2504.12088).
+    """Hard Attention Masking: masks some of each query's highest scores in training (AttentionDrop variant 1).
+
+    Evaluation is unchanged. Source: arXiv 2504.12088.
 
     Args:
         p (`float`, defaults to 0.1):
             Probability in [0, 1] with which each of the `k` highest scores of a query is masked. The paper reports a
             loss of more than two points above 0.5.
         k (`int` or `float`, defaults to 5):
-            How many of the highest visible scores of a query can be masked, an integer of at least 1; or a share of
-            the keys that the query sees, a float between 0 and 1, rounded up for each query.
+            Number of highest visible scores of a query that can be masked, at least 1; or a fraction between 0 and 1
+            of the keys that the query sees, rounded up for each query.
         fill (`str`, defaults to `"mask"`):
-            What a masked score becomes. `"mask"` is -inf: the key is dropped. `"zero"` is 0, the paper's formula,
-            which raises the weight of a key whose score was negative and depends on a constant shift of the scores.
+            Value of a masked score. `"mask"` is -inf: the key gets no weight, and a query keeps at least one key.
+            `"zero"` is 0, the paper's formula, which raises the weight of a key with a negative score and is not
+            invariant to a constant shift of the scores.
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on: `"encoder_self"`, `"decoder_self"`, `"cross"`.
 
     Raises:
         ValueError: if a value is of the wrong type or out of range.

@@ -1,4 +1,4 @@
-"""The interface of a method: its settings, where it acts, what it does to an attention call, and its model card."""
+"""The interfaces of methods: settings, selection of modules, the change to an attention call, and the model card."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class Method(Config, ABC):
 
     @abstractmethod
     def cards(self) -> tuple[MethodCard, ...]:
-        """Returns what a model card says about the method, usually a single [`MethodCard`]."""
+        """Returns the sections about the method in a model card, usually one [`MethodCard`]."""
 
     @property
     def summary(self) -> str:
@@ -50,7 +50,7 @@ class Method(Config, ABC):
 
 @dataclass(frozen=True, repr=False)
 class Perturbation(Method):
-    """A method that perturbs attention in training and leaves evaluation alone.
+    """A method that perturbs attention in training; evaluation is unchanged.
 
     A subclass is one row of the table in `methods/__init__.py`. Its fields are its settings; `layers` and `attentions`
     are shared by all perturbations.
@@ -68,8 +68,8 @@ class Perturbation(Method):
     scheduled: ClassVar[str]
     """The setting that a schedule may change during training, 0 for no perturbation."""
     scales_output: ClassVar[bool] = False
-    """Whether the method only multiplies the attention output. It then runs around those that change the scores, with
-    which it commutes, and around learned methods."""
+    """Whether the method only multiplies the attention output. It then wraps the methods that change the scores, with
+    which it commutes, and learned methods."""
 
     attentions: tuple[str, ...] = field(default=("encoder_self", "decoder_self"), kw_only=True)
 
@@ -89,7 +89,7 @@ class Perturbation(Method):
 
         Args:
             call: the attention call.
-            attend: computes attention without this method. Queries that see no key get zeros from it.
+            attend: computes attention without this method, with zeros for fully masked queries.
             value: the scheduled setting, a float64 scalar on the CPU; use it instead of the field. As a tensor it can
                 change without recompiling a compiled model.
 
@@ -165,7 +165,7 @@ class Dimensions(NamedTuple):
 class LearnedWeights(nn.Module, ABC):
     """The weights that a learned method adds to one attention module, as its child `reweighting`.
 
-    None of them is an `nn.Linear`, which model classes initialize, quantize and adapt in their own ways.
+    They must not be an `nn.Linear`, which model classes, quantizers and PEFT treat specially.
 
     Args:
         config: the method.
@@ -174,7 +174,7 @@ class LearnedWeights(nn.Module, ABC):
     """
 
     acts_on_scores: ClassVar[bool] = False
-    """Whether the method runs inside of the perturbations, next to the base attention, instead of around them."""
+    """Whether the perturbations wrap the method, instead of the method wrapping them."""
 
     def __init__(self, config: Any, dimensions: Dimensions, **factory: Any) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class LearnedWeights(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Initializes weights that no checkpoint brought."""
+        """Initializes weights that were not loaded from a checkpoint."""
 
     @abstractmethod
     def forward(self, states: Tensor, call: AttentionCall, attend: Attend) -> AttentionOutput:
@@ -196,11 +196,11 @@ class LearnedWeights(nn.Module, ABC):
 
     @property
     def summary(self) -> str:
-        """The method, and what it has learned, in one line."""
+        """The method and its learned state in one line."""
         return self.config.summary
 
     def _reset_projection(self, weight: Tensor) -> None:
-        # At zero the model is the base model. Trained from scratch, the weight starts as its other projections do.
+        # With zeros the model equals the base model. For training from scratch use the initialization of the model.
         if self.config.init == "identity":
             init.zeros_(weight)
         else:

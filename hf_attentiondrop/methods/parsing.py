@@ -1,4 +1,4 @@
-"""Methods from the values that users and config.json give: names, dicts and lists."""
+"""Parsing of methods from user input and config.json: names, dicts and lists."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -9,7 +9,7 @@ from . import LEARNED_METHODS, PERTURBATIONS
 from .method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation
 
 
-# The first releases wrote the settings of both variants to config.json, those of the other one without effect.
+# Early releases wrote the settings of both variants to config.json and ignored those of the other variant.
 EARLY_VARIANTS = ("hard", "blur")
 EARLY_KEYS = {"variant", "p", "k", "fill", "sigma_max", "width", "layers", "attentions"}
 
@@ -17,16 +17,18 @@ PerturbationLike = Perturbation | Mapping[str, Any]
 
 
 def AttentionDropConfig(variant: str = "hard", **settings: Any) -> Perturbation:  # noqa: N802
-    """Returns the perturbation of attention that a variant names.
+    """Builds a perturbation by the name of its variant.
+
+    `AttentionDropConfig(variant="blur", sigma_max=0.5)` equals `BlurredSmoothing(sigma_max=0.5)`.
 
     Args:
         variant (`str`, defaults to `"hard"`):
-            Name of a perturbation, such as `"hard"`, a [`HardMasking`], or `"blur"`, a [`BlurredSmoothing`]; see
-            `hf_attentiondrop.methods.PERTURBATIONS` for all.
-        settings: those of the perturbation.
+            `"hard"` for [`HardMasking`], `"blur"` for [`BlurredSmoothing`]; `hf_attentiondrop.methods.PERTURBATIONS`
+            has all variants with their classes.
+        settings: the settings of that class.
 
     Raises:
-        ValueError: for an unknown variant, a setting that the variant does not have, and a value out of range.
+        ValueError: for an unknown variant, a setting that the variant does not have, or a value out of range.
 
     Example:
 
@@ -99,7 +101,7 @@ def perturbations_from(values: PerturbationLike | Sequence[PerturbationLike]) ->
                 'train unperturbed. Use attn_implementation="sdpa" for that.'
             )
         return tuple(perturbation_from(item) for item in values)
-    return (perturbation_from(values),)  # type: ignore[arg-type]  # Anything else is refused there.
+    return (perturbation_from(values),)  # type: ignore[arg-type]  # It raises for other types.
 
 
 def learned_method_from(values: LearnedMethod | Mapping[str, Any]) -> LearnedMethod:

@@ -1,4 +1,4 @@
-"""What an attention module remembers: which config governs it, what perturbs it, and how often that happened."""
+"""The state of an attention module: its governing config, perturbations, scheduled values and number of calls."""
 
 import copy
 import weakref
@@ -17,12 +17,12 @@ from ..attention.modules import Place
 from .method import ATTENTION_DROP_KEY, Perturbation, check_selection
 
 
-# Which modules an entry of a config governs, so that an assignment to it reaches them.
+# The modules that each config governs, so that an assignment to its entry takes effect in them.
 _states: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _number(dtype: torch.dtype) -> Tensor:
-    # Models are often built under a meta device; a number needs storage.
+    # On CPU even if the model is built on the meta device, which has no storage.
     return torch.zeros((), dtype=dtype, device="cpu")
 
 
@@ -31,24 +31,24 @@ class ModuleState:
     """The state of one attention module, kept on it as `attention_drop_state`.
 
     Args:
-        config: the config whose `attention_drop` entry governs the module: its own model's, or the nearest around it
-            that belongs to the whole model's config (T5 gives its stacks copies, which no later change would reach).
-        place: where the module is in its model.
-        calls: how many of its attention calls were perturbed.
+        config: the config whose `attention_drop` entry governs the module: the nearest one that belongs to the whole
+            model's config (T5 gives its stacks copies, in which later changes would have no effect).
+        place: kind and layer of the module.
+        calls: number of perturbed attention calls.
         base: attention implementation that computes the base attention.
-        scheduled: values that a schedule has set, by variant.
+        scheduled: scheduled values by variant.
         governor: weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
         owner: class of the whole model.
-        peers: states of all modules of that model that run an implementation of this package, this one included; a
-            configuration is right or wrong for all of them.
-        perturbations: all that are configured, those that select other modules included.
-        active: those that perturb the module, each with its scheduled value.
+        peers: states of all modules of that model that run an implementation of this package, including this one; a
+            configuration is checked for all of them together.
+        perturbations: all configured perturbations, including those that select other modules.
+        active: the perturbations that act on the module, each with its current value.
 
     `calls` and the values are tensors, because `torch.compile` would treat numbers as constants and recompile when
     they change.
 
-    A module that is copied out of its model (a layer that is stacked twice, a module that PEFT trains a copy of) stays
-    governed by the model's config; a copy of the whole model is governed by the config that is copied with it.
+    A copy of a single module (a duplicated layer, a module that PEFT copies to train it) stays governed by the model's
+    config; a copy of the whole model is governed by the copied config.
     """
 
     config: PreTrainedConfig
@@ -87,18 +87,18 @@ class ModuleState:
 
     @property
     def is_configured(self) -> bool:
-        """Whether the config that governs the module has an entry, as opposed to the defaults."""
+        """Whether the governing config has an entry; otherwise the defaults apply."""
         return self.config.__dict__.get(ATTENTION_DROP_KEY) is not None
 
     def configure(self, perturbations: Sequence[Perturbation]) -> None:
-        """Sets what is configured, and ends a schedule."""
+        """Sets the configured perturbations and resets scheduled values."""
         self.perturbations = tuple(perturbations)
         self.schedule({})
 
     def schedule(self, values: Mapping[str, float]) -> None:
-        """Sets the scheduled values of some variants; the others get their configured ones."""
+        """Sets the scheduled values of some variants and resets those of the others."""
         self.scheduled = dict(values)
-        # A compiled model recompiles for other tensors, so those that are there are filled.
+        # A compiled model recompiles for new tensors, so fill existing ones.
         self._values.extend(_number(torch.float64) for _ in self.perturbations[len(self._values) :])
         for perturbation, value in zip(self.perturbations, self._values, strict=False):
             value.fill_(self.scheduled.get(perturbation.variant, perturbation.scheduled_value))
@@ -109,7 +109,7 @@ class ModuleState:
         )
 
     def _is_active(self, perturbation: Perturbation) -> bool:
-        # At a scheduled zero a method stays active: a compiled model would recompile for every change.
+        # Stay active at a scheduled zero: otherwise a compiled model would recompile from and to 0.
         is_scheduled = perturbation.variant in self.scheduled
         return perturbation.can_act if is_scheduled else perturbation.is_active
 
@@ -119,7 +119,7 @@ class ModuleState:
         return [value.item() for value in self._values[: len(self.perturbations)]]
 
     def restore(self, attributes: Mapping[str, Any], values: Iterable[float]) -> None:
-        """Undoes changes, see [`~integration.switching.all_or_nothing`]."""
+        """Restores an earlier state, see [`~integration.switching.all_or_nothing`]."""
         self.__dict__.update(attributes)
         for tensor, value in zip(self._values, values, strict=False):
             tensor.fill_(value)
