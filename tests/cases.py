@@ -105,7 +105,7 @@ def _additive(visible: torch.Tensor, hidden: float | None = None) -> torch.Tenso
     return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, hidden)
 
 
-def _blind(visible: torch.Tensor) -> torch.Tensor:
+def _fully_masked(visible: torch.Tensor) -> torch.Tensor:
     visible = visible.expand(3, 1, 9, 9).clone()
     visible[0, 0, 2:4] = False
     visible[2] = False
@@ -142,17 +142,17 @@ CASES = [
     AttentionCase("float_minus_1e4", lambda: _additive(_causal() & _lengths(9, left=True), -1e4), is_causal=True),
     AttentionCase("float_minus_100_with_bias", lambda: _additive(_packed(), -100.0) + 3 * _noise(1, 4, 9, 9)),
     AttentionCase("float_bias_far_from_zero", lambda: _additive(_packed(), -1e4) + 3 * _noise(1, 4, 9, 9) - 80),
-    AttentionCase("blind_float_minus_1e9", lambda: _additive(_blind(_causal()), -1e9), is_causal=True),
+    AttentionCase("fully_masked_float_minus_1e9", lambda: _additive(_fully_masked(_causal()), -1e9), is_causal=True),
     AttentionCase("float_with_bias", lambda: _additive(_causal()) + _noise(1, 4, 9, 9), is_causal=True),
     AttentionCase("bias_grouped", lambda: _noise(3, 4, 9, 9), kv_heads=2),
     AttentionCase("position_bias", position_bias=True),
     AttentionCase("position_bias_causal", position_bias=True, is_causal=True),
     AttentionCase("position_bias_padding", lambda: _lengths(9).expand(3, 1, 9, 9), position_bias=True),
-    AttentionCase("blind", lambda: _blind(_lengths(9))),
-    AttentionCase("blind_causal", lambda: _blind(_causal()), is_causal=True),
-    AttentionCase("blind_float", lambda: _additive(_blind(_lengths(9)))),
-    AttentionCase("blind_float_minus_infinity", lambda: _additive(_blind(_lengths(9)), -torch.inf)),
-    AttentionCase("blind_position_bias", lambda: _blind(_lengths(9)), position_bias=True),
+    AttentionCase("fully_masked", lambda: _fully_masked(_lengths(9))),
+    AttentionCase("fully_masked_causal", lambda: _fully_masked(_causal()), is_causal=True),
+    AttentionCase("fully_masked_float", lambda: _additive(_fully_masked(_lengths(9)))),
+    AttentionCase("fully_masked_float_minus_infinity", lambda: _additive(_fully_masked(_lengths(9)), -torch.inf)),
+    AttentionCase("fully_masked_position_bias", lambda: _fully_masked(_lengths(9)), position_bias=True),
     AttentionCase("cached", lambda: _causal(4, 9), queries=4, is_causal=True),
     AttentionCase("cached_padding_left", lambda: _lengths(9, left=True) & _causal(4, 9), queries=4, is_causal=True),
     AttentionCase("cached_one_query", lambda: _lengths(9, left=True), queries=1, is_causal=True),

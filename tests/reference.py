@@ -30,24 +30,25 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the visible keys, zeros for queries that see none; `visible` is `(B, H, Q, K)`."""
-    blind = ~visible.any(dim=-1, keepdim=True)
-    powers = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0.0)
+    fully_masked = ~visible.any(dim=-1, keepdim=True)
+    powers = scores.masked_fill(~visible, -torch.inf).masked_fill(fully_masked, 0.0)
     powers = (powers - powers.amax(dim=-1, keepdim=True).detach()).exp()
     total = powers.sum(dim=-1, keepdim=True)
     if sinks is not None:
-        highest = scores.masked_fill(~visible, -torch.inf).masked_fill(blind, 0.0).amax(dim=-1, keepdim=True).detach()
+        visible_scores = scores.masked_fill(~visible, -torch.inf).masked_fill(fully_masked, 0.0)
+        highest = visible_scores.amax(dim=-1, keepdim=True).detach()
         total = total + (sinks.view(1, -1, 1, 1) - highest).exp()
     weights = F.dropout(powers / total, p=dropout)
-    weights = weights.masked_fill(blind, 0.0)
+    weights = weights.masked_fill(fully_masked, 0.0)
     value = value.repeat_interleave(scores.shape[1] // value.shape[1], dim=1)
     return torch.einsum("bhqk,bhkd->bqhd", weights, value), weights
 
 
-def hits(
+def masked_scores(
     scores: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor, *, p: float, k: float, fill: str
 ) -> torch.Tensor:
-    """Hard: which scores are hit, row by row; `uniform` `(B, H, Q, k)` holds the number drawn for each rank."""
-    hit = torch.zeros_like(visible)
+    """Hard: which scores are masked, row by row; `uniform` `(B, H, Q, k)` has one random number per rank."""
+    masked = torch.zeros_like(visible)
     for row in torch.cartesian_prod(*map(torch.arange, scores.shape[:-1])).tolist():
         row = tuple(row)
         ranked = [j for j in scores[row].argsort(descending=True).tolist() if visible[row][j]]
@@ -56,17 +57,17 @@ def hits(
         if fill == "mask" and chosen and len(chosen) == len(ranked):
             chosen.remove(max(chosen, key=lambda rank: uniform[row][rank].item()))
         for rank in chosen:
-            hit[(*row, ranked[rank])] = True
-    return hit
+            masked[(*row, ranked[rank])] = True
+    return masked
 
 
-def hit_scores(
-    scores: torch.Tensor, visible: torch.Tensor, hits: torch.Tensor, fill: str
+def with_masked_scores(
+    scores: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor, fill: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hard: scores and visibility after the hits."""
+    """Hard: scores and visibility after masking."""
     if fill == "mask":
-        return scores, visible & ~hits
-    return torch.where(hits, torch.zeros_like(scores), scores), visible
+        return scores, visible & ~masked
+    return torch.where(masked, torch.zeros_like(scores), scores), visible
 
 
 def dropped_keys(visible: torch.Tensor, uniform: torch.Tensor, p: float) -> torch.Tensor:

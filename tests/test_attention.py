@@ -70,7 +70,7 @@ def test_softcap_and_sinks_are_part_of_the_scores(
 
 @pytest.mark.parametrize("variant", EXAMPLES)
 @pytest.mark.parametrize(
-    "name", ["none", "causal_without_mask", "padding_left", "blind_float", "masks_per_head_grouped"]
+    "name", ["none", "causal_without_mask", "padding_left", "fully_masked_float", "masks_per_head_grouped"]
 )
 def test_returned_weights_are_the_ones_used(name: str, variant: str) -> None:
     case, drop = CASES_BY_NAME[name], EXAMPLES[variant]

@@ -107,7 +107,9 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
             assert cuda.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["none", "causal_without_mask", "grouped_queries_padding", "blind", "cross_padding"])
+@pytest.mark.parametrize(
+    "name", ["none", "causal_without_mask", "grouped_queries_padding", "fully_masked", "cross_padding"]
+)
 @pytest.mark.parametrize("fill", ["mask", "zero"])
 def test_both_ways_of_hard_hit_the_same_scores(name: str, fill: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One samples for a score matrix and one for indices, from the same generator."""

@@ -25,8 +25,9 @@ WINDOW = 3
 SELF_ATTENTION = [case for case in CASES if not case.is_cross and not case.position_bias]
 # Masks that packing cannot express.
 ONLY_SDPA = {
-    "arbitrary", "bias_grouped", "blind", "blind_causal", "blind_float", "blind_float_minus_1e9",
-    "blind_float_minus_infinity", "cached", "cached_one_query", "cached_padding_left", "float_bias_far_from_zero",
+    "arbitrary", "bias_grouped", "cached", "cached_one_query", "cached_padding_left", "float_bias_far_from_zero",
+    "fully_masked", "fully_masked_causal", "fully_masked_float", "fully_masked_float_minus_1e9",
+    "fully_masked_float_minus_infinity",
     "float_minus_100_with_bias", "float_minus_1e4", "float_minus_1e9_per_head", "float_minus_infinity",
     "float_padding", "float_with_bias", "masks_per_head", "masks_per_head_grouped", "one_query", "pooled_keys",
     "static_prefill",

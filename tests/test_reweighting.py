@@ -78,15 +78,17 @@ def definition(
     if isinstance(config, GatedAttentionConfig):
         gate = parameters["weight"]
     if not drop.is_active and sinks is None:  # Fully masked queries get the output of the base attention.
-        blind = ~case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
-        output = torch.where(blind, stock(case, *tensors), output)
+        fully_masked = ~case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
+        output = torch.where(fully_masked, stock(case, *tensors), output)
     if isinstance(config, AffineScaledConfig):
         weights = F.pad(weights, (0, case.keys - weights.shape[-1]))
         alpha = reference.affine_scales(states, parameters["weight"], activation=config.activation, init=config.init)
         weights = reference.affine_weights(weights, case.visible, alpha, parameters["average"], config.bias_length)
         value = tensors[2].repeat_interleave(case.heads // case.kv_heads, dim=1)
-        blind = ~case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
-        output = torch.where(blind, alpha.transpose(1, 2) * output, torch.einsum("bhqk,bhkd->bqhd", weights, value))
+        fully_masked = ~case.visible.any(dim=-1).transpose(1, 2).unsqueeze(-1)
+        output = torch.where(
+            fully_masked, alpha.transpose(1, 2) * output, torch.einsum("bhqk,bhkd->bqhd", weights, value)
+        )
     if gate is not None:
         factor = 1.0 if config.init == "paper" else 2.0
         output = output * factor * torch.sigmoid(states @ gate.T).view_as(output)
@@ -171,7 +173,7 @@ def test_returned_weights_are_the_ones_used(case_name: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["default", "gate", "sink"])
-@pytest.mark.parametrize("case_name", ["causal_padding_left", "arbitrary", "grouped_queries", "blind"])
+@pytest.mark.parametrize("case_name", ["causal_padding_left", "arbitrary", "grouped_queries", "fully_masked"])
 def test_half_precision_is_finite_and_close(case_name: str, name: str, dtype: torch.dtype) -> None:
     case = CASES_BY_NAME[case_name]
     module = make_reweighted(case, LEARNED[name], dtype=dtype).eval()
@@ -251,7 +253,7 @@ def test_masks_per_head_tell_each_head_its_own_queries() -> None:
 
 
 def test_the_average_is_frozen_in_evaluation_and_when_nobody_is_real() -> None:
-    case = CASES_BY_NAME["blind"]
+    case = CASES_BY_NAME["fully_masked"]
     module = make_reweighted(case, AFFINE["default"])
     before = module.reweighting.average.clone()
     run(module.eval(), case, states_of(case), *case.tensors())

@@ -17,8 +17,16 @@ from .. import reference
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
 
 
-NAMES = ["none", "causal_without_mask", "padding_left", "masks_per_head_grouped", "blind", "cross_random", "cached"]
-ADDITIVE = ["float_with_bias", "blind_float", "blind_float_minus_infinity", "bias_grouped"]
+NAMES = [
+    "none",
+    "causal_without_mask",
+    "padding_left",
+    "masks_per_head_grouped",
+    "fully_masked",
+    "cross_random",
+    "cached",
+]
+ADDITIVE = ["float_with_bias", "fully_masked_float", "fully_masked_float_minus_infinity", "bias_grouped"]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,14 @@ from .. import reference
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
 
 
-NAMES = ["none", "causal_without_mask", "cross_padding", "masks_per_head_grouped", "blind_causal", "static_prefill"]
+NAMES = [
+    "none",
+    "causal_without_mask",
+    "cross_padding",
+    "masks_per_head_grouped",
+    "fully_masked_causal",
+    "static_prefill",
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

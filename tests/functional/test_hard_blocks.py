@@ -13,8 +13,16 @@ from hf_attentiondrop.functional.blockwise import blocks
 from ..cases import CASES_BY_NAME
 
 
-NAMES = ["none", "causal_without_mask", "padding_left", "masks_per_head_grouped", "blind", "cross_random", "cached"]
-ADDITIVE = ["float_with_bias", "blind_float", "blind_float_minus_infinity", "bias_grouped"]
+NAMES = [
+    "none",
+    "causal_without_mask",
+    "padding_left",
+    "masks_per_head_grouped",
+    "fully_masked",
+    "cross_random",
+    "cached",
+]
+ADDITIVE = ["float_with_bias", "fully_masked_float", "fully_masked_float_minus_infinity", "bias_grouped"]
 FILLS = ["mask", "zero"]
 
 
@@ -67,7 +75,7 @@ def weights(name: str, fill: str, dropout: float, draws: int = 1) -> torch.Tenso
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped", "blind_float"])
+@pytest.mark.parametrize("name", ["causal_without_mask", "masks_per_head_grouped", "fully_masked_float"])
 def test_dropout_has_its_rate_and_scales_the_kept_weights(name: str, fill: str) -> None:
     rate, draws = 0.3, 80
     plain, dropped = weights(name, fill, 0.0), weights(name, fill, rate, draws)

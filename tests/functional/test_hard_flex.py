@@ -34,7 +34,7 @@ NAMES = [
     "cross_padding",
     "grouped_queries_causal",
     "masks_per_head_grouped",
-    "blind_causal",
+    "fully_masked_causal",
     "static_prefill",
     "pooled_keys",
 ]
@@ -161,8 +161,8 @@ def test_equals_the_definition_forward_and_backward(name: str, fill: str) -> Non
     def definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         scores, visible = reference.final_scores(query, key, scaling=0.3), case.visible
         candidates = scores.detach().masked_fill(~visible, -torch.inf).argsort(dim=-1, descending=True)[..., :3]
-        hits = torch.zeros_like(visible).scatter(-1, candidates, masked_ranks) & visible
-        scores, visible = reference.hit_scores(scores, visible, hits, fill)
+        masked = torch.zeros_like(visible).scatter(-1, candidates, masked_ranks) & visible
+        scores, visible = reference.with_masked_scores(scores, visible, masked, fill)
         return reference.attend(scores, value, visible)[0]
 
     tensors = [tensor.float().double().requires_grad_() for tensor in case.tensors(head_dim=16)]

@@ -74,7 +74,7 @@ def test_equals_the_plain_sum_and_its_gradient(case: AttentionCase, as_in_models
         (CASES_BY_NAME["cached_one_query"].mask, "_SharedRow"),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("causal", "causal_padding_left", "causal_packed")),
         *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("packed", "sliding_window", "two_sided_window")),
-        *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("cached_padding_left", "blind_causal")),
+        *((CASES_BY_NAME[name].mask, "_Intervals") for name in ("cached_padding_left", "fully_masked_causal")),
         *((mask, "_Intervals") for mask in (middle_padding, fully_masked_row, prefix)),
         (CASES_BY_NAME["arbitrary"].mask, "_MatrixProduct"),
         (

@@ -30,8 +30,10 @@ def reference(hard: HardMasking, definition: Definition) -> Definition:
     keys = scores.shape[-1]
     num_ranks = min(hard.k, keys) if hard.k >= 1 else math.ceil(hard.k * keys)
     uniform = torch.rand(*scores.shape[:-1], num_ranks)
-    hits = definitions.hits(scores, visible, uniform, p=hard.p, k=hard.k, fill=hard.fill)
-    return replace(definition, visible=visible & ~hits) if hard.fill == "mask" else replace(definition, zeroed=hits)
+    masked = definitions.masked_scores(scores, visible, uniform, p=hard.p, k=hard.k, fill=hard.fill)
+    if hard.fill == "mask":
+        return replace(definition, visible=visible & ~masked)
+    return replace(definition, zeroed=masked)
 
 
 @pytest.fixture
