@@ -10,10 +10,10 @@ dimension; `B|1` is either `B` or 1.
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__, require_minimum_versions
+from .version import __version__, check_minimum_versions
 
 
-require_minimum_versions()
+check_minimum_versions()
 
 from .configure import configure, set_base_attention, set_scheduled_value  # noqa: E402
 from .integration.registration import register  # noqa: E402

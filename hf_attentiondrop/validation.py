@@ -39,13 +39,13 @@ class Config:
 
     @classmethod
     def settings(cls) -> list[str]:
-        """Names of the fields, those of the class itself before those that it inherits."""
+        """Returns the names of the fields, own fields before inherited ones."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__annotations__", ())}
         return sorted(names, key=lambda name: name in inherited)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as plain JSON types, as config.json holds them."""
+        """Returns the settings as plain JSON types, as stored in config.json."""
         values = {name: getattr(self, name) for name in self.settings()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -58,7 +58,7 @@ class Config:
         """Builds the configuration from a mapping of its settings.
 
         Raises:
-            ValueError: for an unknown key, naming the known ones.
+            ValueError: for an unknown key.
             TypeError: if `values` is not a mapping.
         """
         if isinstance(values, cls):

@@ -33,7 +33,7 @@ def main(path: str) -> None:
     try:
         AutoModelForImageClassification.from_pretrained("tester/reweighted")
     except ValueError as error:
-        results["refusal"] = str(error)
+        results["error"] = str(error)
 
     adapter = load("tester/adapter")
     results["adapter"] = (
