@@ -110,7 +110,7 @@ def test_saved_and_loaded_without_an_argument_nothing_is_lost(family: str, name:
     assert not torch.equal(logits(model, batch), logits(build(family, attn_implementation="sdpa"), batch))
 
 
-def test_a_vanilla_checkpoint_gets_initialised_weights(tmp_path: Path) -> None:
+def test_a_vanilla_checkpoint_gets_initialized_weights(tmp_path: Path) -> None:
     base, batch = build("llama", attn_implementation="sdpa"), inputs("llama")
     base.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="affine_scaled")

@@ -111,7 +111,7 @@ def test_evaluation_is_sdpa_bit_for_bit(case: AttentionCase) -> None:
 @pytest.mark.parametrize(
     "drop", [AttentionDropConfig(p=0.0), AttentionDropConfig(variant="blur", sigma_max=0.0)], ids=["p", "sigma"]
 )
-def test_nothing_is_drawn_or_counted_when_the_rate_is_zero(drop: Perturbation) -> None:
+def test_p_zero_samples_and_counts_nothing(drop: Perturbation) -> None:
     case = CASES_BY_NAME["causal_without_mask"]
     module, state = make_module(case, drop), torch.get_rng_state()
     training = attention_drop_forward(module.train(), *case.tensors(), None, scaling=0.3)[0]

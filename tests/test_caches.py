@@ -58,7 +58,7 @@ def test_a_static_cache_trains_as_a_dynamic_one(method: str, padding: str, chunk
 @pytest.mark.parametrize("padding", PADDED)
 @pytest.mark.parametrize("offset", [0, 2, 7])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_mask_tells_where_the_queries_stand(offset: int, padding: str, window: int | None) -> None:
+def test_the_mask_determines_the_query_positions(offset: int, padding: str, window: int | None) -> None:
     queries, keys = 6, 13
     position = torch.arange(keys)
     distance = position[offset : offset + queries, None] - position
@@ -71,7 +71,7 @@ def test_the_mask_tells_where_the_queries_stand(offset: int, padding: str, windo
     assert query_offset(additive, query_length=queries, key_length=keys) == offset
 
 
-def test_where_all_queries_see_the_same_they_are_the_last() -> None:
+def test_queries_that_all_see_the_same_keys_are_the_last() -> None:
     mask = attention_mask("right_in_all", 13)[:, None, None] > 0  # prefix tuning of an encoder
     assert query_offset(mask, query_length=9, key_length=13) == 4
     assert query_offset(mask, query_length=13, key_length=13) == 0

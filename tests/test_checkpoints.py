@@ -67,7 +67,7 @@ def test_inference_without_the_plugin_is_bit_identical(
     assert torch.equal(stock, here)
 
 
-def test_the_configuration_comes_back_and_waits_to_be_asked_for(tmp_path: Path) -> None:
+def test_the_configuration_is_restored_but_does_not_select_the_implementation(tmp_path: Path) -> None:
     drop = AttentionDropConfig(p=0.25, layers=[1])
     build("bert", attention_drop=drop).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).attention_drop == drop
@@ -91,7 +91,7 @@ def test_a_lora_adapter_trains_under_perturbation_and_comes_back(tmp_path: Path)
     assert torch.equal(trained, stock)
 
 
-def test_saving_does_not_write_counts_or_sites(tmp_path: Path) -> None:
+def test_saving_does_not_write_module_states(tmp_path: Path) -> None:
     model = build("bert")
     model.train()(**inputs("bert"))
     model.save_pretrained(tmp_path)

@@ -43,7 +43,7 @@ def flex_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ("none", {"length": 100, "k": 0.7}, False),
     ],
 )
-def test_it_is_taken_for_what_it_can_carry(
+def test_flex_attention_is_used_where_supported(
     name: str, options: dict[str, Any], is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -57,7 +57,7 @@ def test_it_is_taken_for_what_it_can_carry(
     assert len(calls) == is_taken
 
 
-def test_it_is_left_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_not_used_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_sequences, "HAS_TRITON", False)
     monkeypatch.setattr(hard, "flex_hard_attention", None)
     case = CASES_BY_NAME["none"]

@@ -111,7 +111,7 @@ def test_hard_without_a_score_matrix_equals_the_cpu(
     "name", ["none", "causal_without_mask", "grouped_queries_padding", "fully_masked", "cross_padding"]
 )
 @pytest.mark.parametrize("fill", ["mask", "zero"])
-def test_both_ways_of_hard_hit_the_same_scores(name: str, fill: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_paths_of_hard_mask_the_same_scores(name: str, fill: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One samples for a score matrix and one for indices, from the same generator."""
     case = CASES_BY_NAME[name]
     module = make_module(case, AttentionDropConfig(p=0.5, k=3, fill=fill))

@@ -38,7 +38,7 @@ def test_the_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]
     assert "BertForSequenceClassification: 2 of 2 attention modules are perturbed" in capsys.readouterr().out
 
 
-def test_a_card_first_of_all_says_how_a_model_with_learned_weights_loads() -> None:
+def test_a_card_starts_with_how_to_load_learned_weights() -> None:
     text = build_card(content(needs_plugin=True)).text
     first = re.search(r"```\w+\n(.*?)\n", text)[1]
     assert first.startswith("import hf_attentiondrop")

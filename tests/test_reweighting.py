@@ -252,7 +252,7 @@ def test_masks_per_head_tell_each_head_its_own_queries() -> None:
     updated_average(case, case.mask().diagonal(dim1=-2, dim2=-1))
 
 
-def test_the_average_is_frozen_in_evaluation_and_when_nobody_is_real() -> None:
+def test_the_average_is_frozen_in_evaluation_and_without_real_queries() -> None:
     case = CASES_BY_NAME["fully_masked"]
     module = make_reweighted(case, AFFINE["default"])
     before = module.reweighting.average.clone()
@@ -290,7 +290,7 @@ def test_missing_and_misplaced_states_raise() -> None:
         run(module, case, states_of(case), *case.tensors())
 
 
-def test_attention_dropout_beside_a_sink_is_unbiased() -> None:
+def test_attention_dropout_with_a_sink_is_unbiased() -> None:
     """The reference has no dropout mask for the sink's column, so only means can be compared."""
     case = next(case for case in CASES if "causal" in case.name)
     module = make_reweighted(case, LEARNED["sink"])

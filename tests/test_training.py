@@ -97,7 +97,7 @@ def test_sigma_is_uniform_and_independent_over_samples_layers_and_calls(monkeypa
 
 
 @pytest.mark.parametrize("variant", DROPS)
-def test_layers_draw_independently(variant: str) -> None:
+def test_layers_sample_independently(variant: str) -> None:
     """With one layer perturbed at a time, the same seed must not perturb both layers alike."""
     model = build("llama", dropout=False, attention_drop=DROPS[variant]).train()
     outputs = forward(model, inputs("llama") | {"output_attentions": True})
@@ -127,7 +127,7 @@ def test_nothing_leaks_from_later_tokens(family: str, variant: str) -> None:
     ("family", "padding"),
     [("bert", "right"), ("llama", "left"), ("llama", "right"), ("marian", "left"), ("marian", "right")],
 )
-def test_what_padding_holds_does_not_matter(family: str, variant: str, padding: str) -> None:
+def test_padding_tokens_do_not_matter(family: str, variant: str, padding: str) -> None:
     model = build(family, dropout=False, attention_drop=DROPS[variant]).train()
     batch = inputs(family, padding=padding)
     hidden = batch["attention_mask"] == 0
@@ -164,7 +164,7 @@ def test_generation_in_training_mode_is_perturbed_with_a_cache(family: str, vari
     assert all(row.calls >= 1 for row in report(model).rows)
 
 
-def test_what_a_trainer_passes_for_the_loss_is_no_business_of_attention() -> None:
+def test_loss_arguments_of_the_trainer_do_not_affect_attention() -> None:
     model, batch = build("llama", dropout=False).train(), inputs("llama")
     count = torch.tensor(4 * 9)
     for_the_loss = {"num_items_in_batch": count, "shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}

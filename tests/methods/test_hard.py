@@ -57,7 +57,7 @@ def test_blocks_in_half_precision(case: AttentionCase, name: str, dtype: torch.d
     check_half_precision(case, EXAMPLES[name], dtype)
 
 
-def test_long_sequences_run_in_blocks_and_what_blocks_cannot_carry_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequences_run_in_blocks_where_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = hard.hard_attention
     monkeypatch.setattr(hard, "hard_attention", lambda *a, **k: calls.append(a[0].shape[-2]) or original(*a, **k))
