@@ -26,17 +26,21 @@ Liu, Luoqi},
 
 @dataclass(frozen=True, repr=False)
 class DropKey(Perturbation):
-    """Masks random keys before the softmax (arXiv 2208.02646).
+    """DropKey: masks random keys before the softmax in training (arXiv 2208.02646).
 
-    The weights of the other keys grow through the softmax, and nothing else is rescaled. A query keeps at least one
-    of its keys.
+    The softmax renormalizes the other weights; there is no further rescaling. A query keeps at least one key.
+    Evaluation is unchanged.
 
     Args:
         p (`float`, defaults to 0.1):
             Probability in [0, 1] with which each visible key is masked.
         axis (`str`, defaults to `"score"`):
-            `"score"` draws for every query and key. `"column"` draws once per key, sample and head for all queries,
-            as HiddenKey does for LoRA (arXiv 2403.00812).
+            `"score"` samples for every query and key. `"column"` samples once per key, sample and head for all
+            queries, like HiddenKey for LoRA (arXiv 2403.00812).
+        layers (`list[int]`, *optional*):
+            Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
+        attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
+            Kinds of attention to act on: `"encoder_self"`, `"decoder_self"`, `"cross"`.
 
     Raises:
         ValueError: if a value is of the wrong type or out of range.
@@ -56,7 +60,7 @@ class DropKey(Perturbation):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("p", is_probability, "a probability in [0, 1]", "It is the chance that a key is masked.")
-        self._check("axis", AXES.__contains__, f"one of {AXES}", "It decides which scores share a draw.")
+        self._check("axis", AXES.__contains__, f"one of {AXES}", "It decides which scores are masked together.")
 
     def attend(self, call: AttentionCall, attend: Attend, p: Tensor, /) -> AttentionOutput:
         states = call.query, call.key, call.value
@@ -75,12 +79,12 @@ class DropKey(Perturbation):
         return self.axis == "score" and dropout > 0
 
     def cards(self) -> tuple[MethodCard, ...]:
-        drawn = {"score": "query, key", "column": "key"}[self.axis]
+        unit = {"score": "query, key", "column": "key"}[self.axis]
         index = {"score": "i,j", "column": "j"}[self.axis]
         card = MethodCard(
             "DropKey",
-            f"In training, each key is masked with probability `p` before the softmax, drawn for every {drawn}, head "
-            "and sample; one key of every query always survives. Evaluation is unchanged.",
+            f"In training, each key is masked with probability `p` before the softmax, independently per {unit}, head "
+            "and sample; every query keeps at least one key. Evaluation is unchanged.",
             f"L'[i,j] = L[i,j] if m[{index}] = 1 else -∞,   m[{index}] ~ Bernoulli(1 - p),   L = scaling · Q Kᵀ",
             "dropkey",
             PAPER,
@@ -89,6 +93,6 @@ class DropKey(Perturbation):
         return (card,)
 
     def _has_one_row(self, call: AttentionCall) -> bool:
-        """Whether all queries see and keep the same keys: SDPA is as fast with that mask as with none."""
+        """Returns whether all queries see and keep the same keys. SDPA with such a mask is as fast as without one."""
         is_shared = call.mask.shape[-2] == 1 if call.mask is not None else not call.causal
         return self.axis == "column" and is_shared

@@ -1,4 +1,4 @@
-"""When a method computes attention itself, without a score matrix: blockwise on the CPU, by FlexAttention on CUDA."""
+"""Conditions for computing attention without a score matrix: blockwise on CPU, by FlexAttention on CUDA."""
 
 import math
 from importlib.util import find_spec
@@ -20,16 +20,16 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def can_replace(attend: Attend, call: AttentionCall) -> bool:
-    """Returns whether a kernel can compute the call in place of `attend`.
+    """Returns whether a kernel can replace `attend`.
 
-    It leaves nothing to other methods inside of this one, and only a mask may shape the scores.
+    It can if `attend` contains no other method, and only a mask changes the scores.
     """
     is_plain = not call.wants_eager and call.zeroed is None and call.extras.get("position_bias") is None
     return attend is attend_if_any_key and is_plain
 
 
 def prefers_blocks(call: AttentionCall) -> bool:
-    """Returns whether blocks are faster than a score matrix. They give the mask no gradient."""
+    """Returns whether blocks are faster than a score matrix. They do not support a gradient of the mask."""
     has_constant_mask = call.mask is None or not call.mask.requires_grad
     return call.query.device.type == "cpu" and _num_scores(call) > FEW_SCORES and has_constant_mask
 

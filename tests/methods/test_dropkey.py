@@ -1,4 +1,4 @@
-"""DropKey: its definition, and its ways without a score matrix."""
+"""DropKey: reference, and computation without a score matrix."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def reference(dropkey: DropKey, definition: Definition) -> Definition:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DropKey in blocks, of which even the short sequences here need several, in both directions."""
+    """Blocks so small that even the short sequences here need several of them."""
     monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
     monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
     monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
