@@ -27,7 +27,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_attentiondrop import apply_dropconnect, dropconnect_of
-from hf_attentiondrop.functional import drop_weights
+from hf_attentiondrop.functional.dropconnect import drop_weights
 from hf_attentiondrop.training.dropconnect import DropConnectLayer, dropconnect_card
 
 

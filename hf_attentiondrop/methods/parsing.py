@@ -73,7 +73,7 @@ def perturbation_from(values: PerturbationLike) -> Perturbation:
             settings = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
             owners = [owner for owner, known in settings.items() if name in known]
             hint = f" It is a setting of {' and '.join(owners)}." if owners else ""
-            hint = hint or suggestion(name, dict.fromkeys(chain(names, *settings.values())))
+            hint = hint or suggestion(name, dict.fromkeys(chain(("variant",), names, *settings.values())))
             raise ValueError(
                 f"Unknown key {name!r} in `{ATTENTION_DROP_KEY}`: variant={variant!r} does not use it, so "
                 f"{values[name]!r} would have no effect.{hint} Leave it out, or name another variant. The keys of "
