@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from hf_attentiondrop import AttentionDropConfig, configure, report
+from hf_attentiondrop import configure, report
+from hf_attentiondrop.methods import PERTURBATIONS
 from tests.architectures import ARCHITECTURES, build, model_class, tiny_inputs
 
 
 DOCUMENT = Path(__file__).parent / "supported_models.md"
 KINDS = ("encoder_self", "decoder_self", "cross")
-HEADER = ("model type", "class", "attention", "hard", "blur", "reweighting", "note")
+HEADER = ("model type", "class", "attention", *PERTURBATIONS, "reweighting", "note")
 # The learned method with the most weights.
 AFFINE_AND_GATE = {"method": "affine_scaled", "gate": True}
 
@@ -53,17 +54,18 @@ def _row(name: str) -> tuple[str, ...]:
     try:
         model = build(name, "attentiondrop", attention_drop={"attentions": KINDS}).train()
     except ValueError as error:
-        return name, model_class(name).__name__, "", "no", "no", "no", _reason(error)
+        return (name, model_class(name).__name__, "", *["no"] * (len(PERTURBATIONS) + 1), _reason(error))
     kinds = {row.kind for row in report(model).rows}
-    errors = {"blur": _error_of_blur(name, model), "reweighting": _error_of_reweighting(name)}
+    errors = {variant: _error_of_perturbation(name, model, variant) for variant in PERTURBATIONS}
+    errors["reweighting"] = _error_of_reweighting(name)
     answers = ("no" if error else "yes" for error in errors.values())
     note = "; ".join(f"{method}: {error}" for method, error in errors.items() if error)
-    return name, type(model).__name__, ", ".join(kind for kind in KINDS if kind in kinds), "yes", *answers, note
+    return (name, type(model).__name__, ", ".join(kind for kind in KINDS if kind in kinds), *answers, note)
 
 
-def _error_of_blur(name: str, model: transformers.PreTrainedModel) -> str:
+def _error_of_perturbation(name: str, model: transformers.PreTrainedModel, variant: str) -> str:
     try:
-        configure(model, AttentionDropConfig(variant="blur", attentions=KINDS))
+        configure(model, {"variant": variant, "attentions": KINDS})
         with torch.no_grad():
             model(**tiny_inputs(name, model))
     except ValueError as error:
