@@ -69,7 +69,8 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
                     perturbation.check_module(module)
         accept_given_entries(configs)
     if not isinstance(attention_drop, (list, tuple)):
-        named = set(attention_drop) if isinstance(attention_drop, Mapping) else set()
+        # The class of an object names its variant.
+        named = set(attention_drop) if isinstance(attention_drop, Mapping) else {"variant"}
         _warn_of_reset_settings(previous, perturbations[0], named)
 
 

@@ -176,3 +176,9 @@ def test_a_scheduled_value_does_not_compile_again(drop: Perturbation) -> None:
         torch.manual_seed(0)
         torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1, "a scheduled value made the model compile again"
+
+
+def test_an_object_of_another_variant_resets_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("bert", attention_drop={"p": 0.3})
+    configure(model, AttentionDropConfig(variant="blur"))
+    assert not caplog.records

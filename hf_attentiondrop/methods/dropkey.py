@@ -16,7 +16,7 @@ from .method import Perturbation
 
 PAPER = """@inproceedings{li2023dropkey,
   title     = {DropKey for Vision Transformer},
-  author    = {Li, Bonan and Hu, Yinhan and Nie, Xuecheng and Han, Congying and Jiang, Xiangjian and Guo, Tiande and
+  author    = {Li, Bonan and Hu, Yinhan and Nie, Xuecheng and Han, Congying and Jiang, Xiangjian and Guo, Tiande and \
 Liu, Luoqi},
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   pages     = {22700--22709},

@@ -72,12 +72,13 @@ def perturbation_from(values: PerturbationLike) -> Perturbation:
         if name not in ("variant", *names):
             settings = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
             owners = [owner for owner, known in settings.items() if name in known]
-            hint = f" It is a setting of {' and '.join(owners)}." if owners else ""
-            hint = hint or suggestion(name, dict.fromkeys(chain(("variant",), names, *settings.values())))
+            if owners:
+                hint = f" It is a setting of {' and '.join(owners)}. Leave it out, or name another variant."
+            else:
+                hint = suggestion(name, dict.fromkeys(chain(("variant",), names, *settings.values())))
             raise ValueError(
                 f"Unknown key {name!r} in `{ATTENTION_DROP_KEY}`: variant={variant!r} does not use it, so "
-                f"{values[name]!r} would have no effect.{hint} Leave it out, or name another variant. The keys of "
-                f"{variant} are {', '.join(names)}."
+                f"{values[name]!r} would have no effect.{hint} The keys of {variant} are {', '.join(names)}."
             )
     return method.from_dict(values)
 
