@@ -64,7 +64,7 @@ def attend(
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("p", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_definition_forward_and_backward(case: AttentionCase, p: float, axis: str) -> None:
     torch.manual_seed(5)
