@@ -28,8 +28,9 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
     """Replaces the perturbations of a loaded model, effective from its next forward pass.
 
     The new configuration replaces the old one completely: `layers=[3]` after `layers=[0]` perturbs only layer 3, and
-    settings that it does not name go back to their defaults. A warning lists the settings that change this way. To
-    keep them, change a copy: `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
+    settings that it does not name go back to their defaults. A warning lists the settings that change this way; lists
+    are taken without one. To keep them, change a copy:
+    `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
 
     To vary `p` or `sigma_max` during training use [`set_scheduled_value`], which does not change config.json.
 
@@ -87,8 +88,8 @@ def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -
             variants; `None` restores the configured values.
 
     Raises:
-        ValueError: if the value is out of range, if no part of the model is perturbed, or if a single value is given
-            for several variants.
+        ValueError: if the value is out of range, if no part of the model is perturbed, if a single value is given
+            for several variants, or if a list has the variant more than once with different values.
         TypeError: if `model` contains no Transformers model.
 
     Example:
@@ -113,6 +114,9 @@ def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -
             "above 1."
         )
     values = {} if value is None else _by_variant(value, perturbations)
+    for variant in values:
+        for state in states:
+            _check_one_value(variant, state.perturbations)
     for state in states:
         state.schedule(values)
 
@@ -211,19 +215,31 @@ def _by_variant(value: float | Mapping[str, float], perturbations: set[Perturbat
     return checked
 
 
+def _check_one_value(variant: str, perturbations: Sequence[Perturbation]) -> None:
+    configured = {p.scheduled_value for p in perturbations if p.variant == variant}
+    if len(configured) > 1:
+        raise ValueError(
+            f"set_scheduled_value: expected one configured value of {variant!r}, got {sorted(configured)} in a "
+            "list: a scheduled value would replace all of them. Use one entry for all layers while a "
+            "schedule runs, or call configure(model, [...]) with new values."
+        )
+
+
 def _warn_of_reset_settings(entries: list[Any], perturbation: Perturbation, named: set[str]) -> None:
-    """Warns of settings that go back to their defaults because the new configuration leaves them out."""
+    """Warns of settings that go back to their defaults without being named, which may not be intended."""
     new, defaults = perturbation.to_dict(), type(perturbation)().to_dict()
     reset = {
         name: entry[name]
         for entry in entries
         if isinstance(entry, dict)  # A newer release may have another format.
         for name in new.keys() - named
+        # Settings of another variant mean something else, even under the same name.
+        if entry.get("variant") == perturbation.variant or name in ("variant", "layers", "attentions")
         if entry.get(name, defaults[name]) != new[name] == defaults[name]
     }
     if reset:
         changes = ", ".join(f"{name} from {reset[name]!r} to {defaults[name]!r}" for name in new if name in reset)
         logger.warning(
-            f"configure: the new configuration replaces the old one and resets settings that it leaves out to their "
-            f"defaults: {changes}. To keep a value, pass it, or change a copy of model.config.attention_drop."
+            f"configure: the new configuration replaces the old one, and settings go back to their defaults: "
+            f"{changes}. To keep a value, pass it, or change a copy of model.config.attention_drop."
         )

@@ -65,7 +65,7 @@ class Report:
         for row in self.rows:
             place = (row.name, row.kind, str(row.layer), row.implementation)
             applied = row.applied or "-"
-            if len(row.scheduled) == 1:
+            if len(row.scheduled) == 1 and " + " not in row.applied:
                 applied += f" (now {next(iter(row.scheduled.values())):.4g})"
             elif row.scheduled:
                 applied += f" (now {', '.join(f'{name} {value:.4g}' for name, value in row.scheduled.items())})"

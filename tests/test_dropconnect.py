@@ -136,10 +136,25 @@ def test_at_zero_nothing_changes() -> None:
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_p_out_of_range(p: float) -> None:
-    with pytest.raises(ValueError, match=rf"`p` must be in \[0, 1\), got {p}"):
+    with pytest.raises(ValueError, match=rf"`p` must be a number in \[0, 1\), got {p}"):
         apply_dropconnect(nn.Linear(2, 2), p)
-    with pytest.raises(ValueError, match=rf"`p` must be in \[0, 1\), got {p}"):
+    with pytest.raises(ValueError, match=rf"`p` must be a number in \[0, 1\), got {p}"):
         drop_weights(torch.ones(2), p)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"p": "0.1"}, ValueError, "`p` must be a number in .* got '0.1'"),
+        ({"target_modules": "*query"}, ValueError, "regular expression for whole names, or a list of names, got"),
+        ({"target_modules": "query"}, ValueError, "A string is a regular expression for whole names"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        apply_dropconnect(bert(), **{"p": 0.1, **arguments})
+    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got str"):
+        apply_dropconnect("bert", 0.1)
 
 
 # A model

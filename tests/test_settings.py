@@ -30,8 +30,8 @@ def test_configure_replaces_and_says_what_it_resets(caplog: pytest.LogCaptureFix
     configure(model, {"layers": [1]})
     assert model.config.attention_drop == AttentionDropConfig(layers=[1])
     assert [record.getMessage() for record in caplog.records] == [
-        "configure: the new configuration replaces the old one and resets settings that it leaves out to "
-        "their defaults: p from 0.3 to 0.1, k from 2 to 5. To keep a value, pass it, or change a copy of "
+        "configure: the new configuration replaces the old one, and settings go back to their defaults: "
+        "p from 0.3 to 0.1, k from 2 to 5. To keep a value, pass it, or change a copy of "
         "model.config.attention_drop."
     ]
 
@@ -182,3 +182,10 @@ def test_an_object_of_another_variant_resets_nothing(caplog: pytest.LogCaptureFi
     model = build("bert", attention_drop={"p": 0.3})
     configure(model, AttentionDropConfig(variant="blur"))
     assert not caplog.records
+
+
+def test_settings_of_another_variant_do_not_count_as_reset(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("bert", attention_drop={"p": 0.3, "layers": [1]})
+    configure(model, {"variant": "drophead"})
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "layers from [1] to None" in message and "p from" not in message

@@ -31,7 +31,9 @@ def drop_weights(weight: Tensor, p: float | Tensor) -> Tensor:
             [0., 2., 0., 2.]])
     """
     if not isinstance(p, Tensor) and not 0 <= p < 1:
-        raise ValueError(f"`p` must be in [0, 1), got {p}: at 1 no weight is left to scale. Use a lower probability.")
+        raise ValueError(
+            f"`p` must be a number in [0, 1), got {p}: at 1 no weight is left to scale. Use a lower probability."
+        )
     # In float32, because random numbers in half precision are too coarse for a small p.
     is_kept = torch.rand_like(weight, dtype=torch.float32) >= p
     return torch.where(is_kept, weight / (1 - p), 0.0)

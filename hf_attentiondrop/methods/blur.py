@@ -113,6 +113,6 @@ class BlurredSmoothing(Perturbation):
 def _softcap_error(module: nn.Module, softcap: float) -> ValueError:
     return ValueError(
         f"AttentionDrop's blur cannot act on {type(module).__name__}, which caps its scores (softcap={softcap}): "
-        'because of its tanh, blurring the keys does not blur the scores. Use variant="hard", or set the softcap of '
-        "the model config to None."
+        "because of its tanh, blurring the keys does not blur the scores. Use another perturbation, such as "
+        'variant="hard", or set the softcap of the model config to None.'
     )

@@ -261,8 +261,9 @@ def check_selection(owner: str, key: str, selections: Iterable[tuple[Place, Sequ
         for layer in method.layers or ():
             if not any(-length <= layer < length for length in lengths.values()):
                 raise ValueError(
-                    f"`{key}` names layer {layer}, and {owner} has no such layer: it would have no effect. Layers "
-                    f"count from 0 within each stack, or from the end if negative; the stacks are {lengths}."
+                    f"`{key}` names layer {layer}, and {owner} has no such layer: it would have no effect. Only "
+                    "parts that run the method count. Layers count from 0 within each stack, or from the end if "
+                    f"negative; the stacks are {lengths}."
                 )
         if not any(method.selects(place) for place in candidates):
             kinds = sorted({place.kind for place in candidates})

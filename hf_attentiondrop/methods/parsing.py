@@ -19,7 +19,8 @@ PerturbationLike = Perturbation | Mapping[str, Any]
 def AttentionDropConfig(variant: str = "hard", **settings: Any) -> Perturbation:  # noqa: N802
     """Builds a perturbation by the name of its variant.
 
-    `AttentionDropConfig(variant="blur", sigma_max=0.5)` equals `BlurredSmoothing(sigma_max=0.5)`.
+    `AttentionDropConfig(variant="blur", sigma_max=0.5)` equals `BlurredSmoothing(sigma_max=0.5)`. This is a function;
+    the base class of all perturbations, for `isinstance`, is `hf_attentiondrop.methods.Perturbation`.
 
     Args:
         variant (`str`, defaults to `"hard"`):
@@ -54,9 +55,13 @@ def perturbation_from(values: PerturbationLike) -> Perturbation:
         return values
     if not isinstance(values, Mapping):
         names = ", ".join(method.__name__ for method in PERTURBATIONS.values())
+        variant = getattr(values, "variant", values)
+        hint = f' Write {{"variant": "{variant}"}}.' if isinstance(variant, str) and variant in PERTURBATIONS else ""
+        if isinstance(values, LearnedMethod):
+            hint = f' It is a learned method: use attn_implementation="{values.method}".'
         raise TypeError(
             f"`{ATTENTION_DROP_KEY}` must be one of {names}, a dict of its settings such as "
-            f'{{"variant": "blur", "sigma_max": 0.5}}, or a list of these, got {values!r}.'
+            f'{{"variant": "blur", "sigma_max": 0.5}}, or a list of these, got {values!r}.{hint}'
         )
     variant = values.get("variant", "hard")
     if not isinstance(variant, str) or variant not in PERTURBATIONS:
@@ -101,8 +106,15 @@ def perturbations_from(values: PerturbationLike | Sequence[PerturbationLike]) ->
                 f"`{ATTENTION_DROP_KEY}` must hold at least one perturbation, got an empty list: attention would "
                 'train unperturbed. Use attn_implementation="sdpa" for that.'
             )
-        return tuple(perturbation_from(item) for item in values)
+        return tuple(_numbered(index, item) for index, item in enumerate(values))
     return (perturbation_from(values),)  # type: ignore[arg-type]  # It raises for other types.
+
+
+def _numbered(index: int, value: PerturbationLike) -> Perturbation:
+    try:
+        return perturbation_from(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Entry {index} of the list: {error}") from error
 
 
 def learned_method_from(values: LearnedMethod | Mapping[str, Any]) -> LearnedMethod:

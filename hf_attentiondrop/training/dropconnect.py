@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional.dropconnect import drop_weights
 from ..methods.card import MethodCard
+from ..validation import is_number
 
 
 ALL_LINEAR = "all-linear"
@@ -74,6 +75,7 @@ def apply_dropconnect(model: nn.Module, p: float, target_modules: str | Sequence
             weight and its adapters.
 
     Raises:
+        TypeError: If `model` is not a module.
         ValueError:
             If `p` is not in [0, 1), a name matches no linear layer, nothing is selected, or a selected layer is
             quantized, parametrized, or computed in another way than by [`~torch.nn.Linear`].
@@ -95,10 +97,12 @@ def apply_dropconnect(model: nn.Module, p: float, target_modules: str | Sequence
     >>> dropconnect_of(model) is None
     True
     """
-    if not 0 <= p < 1:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: only layers drop weights.")
+    if not (is_number(p) and 0 <= p < 1):
         raise ValueError(
-            f"`p` must be in [0, 1), got {p}: it is the probability that a weight is zeroed. Pass a lower one, or 0.0 "
-            "to switch DropConnect off."
+            f"`p` must be a number in [0, 1), got {p!r}: it is the probability that a weight is zeroed. Pass a "
+            "lower one, or 0.0 to switch DropConnect off."
         )
     selected = _selected_layers(model, target_modules) if p > 0 else {}
     unselected = {name: layer for name, layer in _dropping_layers(model).items() if name not in selected}
@@ -150,6 +154,13 @@ def _selected_layers(model: nn.Module, target_modules: str | Sequence[str] | Non
     if target_modules is None or target_modules == ALL_LINEAR:
         return _all_but_embeddings(model, layers)
     if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"`target_modules` must be a regular expression for whole names, or a list of names, got "
+                f"{target_modules!r}: {error}. Pass a list for plain names."
+            ) from error
         patterns = {target_modules: target_modules}
     else:
         patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in target_modules}
@@ -161,7 +172,8 @@ def _selected_layers(model: nn.Module, target_modules: str | Sequence[str] | Non
             there = sorted({names[name][-1].rpartition(".")[2] for name in layers})
             raise ValueError(
                 f"`target_modules`: {target!r} matches no linear layer of {type(model).__name__}, so it would have no "
-                f"effect. Linear layers: {', '.join(there) or 'none'}."
+                f"effect. A string is a regular expression for whole names, a list holds names. Linear layers: "
+                f"{', '.join(there) or 'none'}."
             )
         selected |= {name: layers[name] for name in found}
     if not selected:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_attentiondrop import BlurredSmoothing, DropHead, HardMasking, configure, report, set_scheduled_value
+from hf_attentiondrop import (
+    AffineScaledConfig,
+    BlurredSmoothing,
+    DropHead,
+    HardMasking,
+    configure,
+    report,
+    set_scheduled_value,
+)
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard, long_sequences
 
@@ -84,8 +92,10 @@ def test_a_list_survives_in_config_json(tmp_path: Path) -> None:
     ("methods", "error", "message"),
     [
         ([], ValueError, "at least one perturbation, got an empty list"),
-        ([{"p": 0.1}, {"p": 2}], ValueError, r"`p` must be a probability in \[0, 1\], got 2"),
-        ([{"p": 0.1}, 3], TypeError, "must be one of HardMasking, .* got 3"),
+        ([{"p": 0.1}, {"p": 2}], ValueError, r"Entry 1 of the list: .*`p` must be a probability in \[0, 1\], got 2"),
+        ([{"p": 0.1}, 3], TypeError, "Entry 1 .* must be one of HardMasking, .* got 3"),
+        (["drophead"], TypeError, 'Write {"variant": "drophead"}'),
+        ([AffineScaledConfig()], TypeError, 'use attn_implementation="affine_scaled"'),
         ([{"variant": "drophead", "k": 3}], ValueError, "Unknown key 'k'.*setting of hard"),
         ([{"p": 0.1}, {"p": 0.2, "layers": [9]}], ValueError, "names layer 9"),
     ],
@@ -114,6 +124,19 @@ def test_a_schedule_names_the_variant() -> None:
     assert model.config.attention_drop == (HARD, DROPHEAD)
     set_scheduled_value(model, None)
     assert [state.values for state in states] == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_a_schedule_of_several_values_of_one_variant_raises() -> None:
+    model = build("bert", attention_drop=[{"p": 0.1, "layers": [0]}, {"p": 0.3, "layers": [1]}])
+    with pytest.raises(ValueError, match=r"one configured value of 'hard', got \[0.1, 0.3\] in a list"):
+        set_scheduled_value(model, 0.05)
+    assert not any(row.scheduled for row in report(model).rows)
+
+
+def test_report_names_the_variant_of_a_scheduled_value() -> None:
+    model = build("bert", attention_drop=[HARD, DROPHEAD])
+    set_scheduled_value(model, {"hard": 0.25})
+    assert "drophead p=0.5 (now hard 0.25)" in str(report(model))
 
 
 def test_a_list_compiles_in_one_graph_whatever_its_values() -> None:
