@@ -26,7 +26,7 @@ BAD_INPUT = {
     "unknown perturbation": (["--variant", "harder"], "`variant` must be one of"),
     "field of another perturbation": (
         ["--variant", "blur", "--p", "0.3"],
-        "variant='blur' does not use it, so 0.3 would have no effect. It is a setting of hard.",
+        "variant='blur' does not use it, so 0.3 would have no effect. It is a setting of hard, drophead and dropkey.",
     ),
     "text for a number": (["--k", "five"], "argument --k: invalid number value: 'five'"),
     "unknown flag": (["--learning_rat", "1"], "unknown argument --learning_rat. Did you mean --learning_rate?"),

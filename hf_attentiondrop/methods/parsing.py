@@ -78,7 +78,7 @@ def perturbation_from(values: PerturbationLike) -> Perturbation:
             settings = {variant: method.settings() for variant, method in PERTURBATIONS.items()}
             owners = [owner for owner, known in settings.items() if name in known]
             if owners:
-                hint = f" It is a setting of {' and '.join(owners)}. Leave it out, or name another variant."
+                hint = f" It is a setting of {_listed(owners)}. Leave it out, or name another variant."
             else:
                 hint = suggestion(name, dict.fromkeys(chain(("variant",), names, *settings.values())))
             raise ValueError(
@@ -108,6 +108,10 @@ def perturbations_from(values: PerturbationLike | Sequence[PerturbationLike]) ->
             )
         return tuple(_numbered(index, item) for index, item in enumerate(values))
     return (perturbation_from(values),)  # type: ignore[arg-type]  # It raises for other types.
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _numbered(index: int, value: PerturbationLike) -> Perturbation:

@@ -14,7 +14,7 @@ from hf_attentiondrop.evaluation import hub_access
 from hf_attentiondrop.evaluation.hub_access import check_path, offline_if_cut_off
 
 from ..hub_server import running_hub
-from ..recipe_runs import load, refusal
+from ..recipe_runs import error_line, load
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_recipe_does_not_wait_for_the_hub(
 ) -> None:
     recipe = load("text_classification", monkeypatch)
     start = time.monotonic()
-    line = refusal(recipe, capfd, flag, "nope/nothing", "--output_dir", tmp_path / "out")
+    line = error_line(recipe, capfd, flag, "nope/nothing", "--output_dir", tmp_path / "out")
     assert time.monotonic() - start < 10
     assert "nope/nothing" in line and not (tmp_path / "out").exists()
     assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
