@@ -13,7 +13,7 @@ from .attention.call import SDPA
 from .attention.kernels import can_be_base, serves_cross_attention
 from .attention.parts import configs_of, transformers_models
 from .integration.config_entries import accept_given_entries
-from .integration.functions import ATTENTION_DROP, is_perturbable, perturbations_of_module
+from .integration.functions import ATTENTION_DROP, check_perturbed, is_perturbable
 from .integration.implementations import FUNCTIONS, place_running, running_modules
 from .integration.switching import all_or_nothing
 from .methods.method import ATTENTION_DROP_KEY, Perturbation
@@ -65,9 +65,7 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
         for base in bases:
             modules = place_running(base)
             base.config.attention_drop = attention_drop
-            for module in modules:
-                for perturbation, _ in perturbations_of_module(module):
-                    perturbation.check_module(module)
+            check_perturbed(modules)
         accept_given_entries(configs)
     if not isinstance(attention_drop, (list, tuple)):
         # The class of an object names its variant.

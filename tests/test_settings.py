@@ -178,6 +178,14 @@ def test_a_scheduled_value_does_not_compile_again(drop: Perturbation) -> None:
     assert counters["stats"]["unique_graphs"] == 1, "a scheduled value made the model compile again"
 
 
+def test_a_schedule_survives_an_assignment_that_raises() -> None:
+    model = build("bert", attention_drop={"p": 0.3})
+    set_scheduled_value(model, 0.05)
+    with pytest.raises(ValueError, match="names layer 99"):
+        model.config.attention_drop = {"layers": [99]}
+    assert scheduled_values(model) == {0.05}
+
+
 def test_an_object_of_another_variant_resets_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = build("bert", attention_drop={"p": 0.3})
     configure(model, AttentionDropConfig(variant="blur"))

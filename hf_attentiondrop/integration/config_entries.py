@@ -17,9 +17,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..attention.parts import configs_of
-from ..methods.method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation
+from ..methods.method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation, check_selection
 from ..methods.parsing import PerturbationLike, learned_method_from, perturbations_from
-from ..methods.state import check_peers, states_of
+from ..methods.state import states_of
 from ..version import __version__
 
 
@@ -123,7 +123,6 @@ class AttentionDropEntry:
         except ValueError:
             for part, before in zip(configs, previous, strict=True):
                 _put(part, self.key, before)
-            _configure_states(configs)
             raise
 
     def _entry(self, config: PreTrainedConfig, value: Any) -> Any:
@@ -202,12 +201,17 @@ def check_given_entries(name: str, configs: Iterable[PreTrainedConfig]) -> None:
 
 
 def _configure_states(configs: Iterable[PreTrainedConfig]) -> None:
-    """Updates the states of the running attention modules that these configs govern."""
+    """Configures the running attention modules that these configs govern, once all models they belong to allow it.
+
+    Raises:
+        ValueError: as [`check_selection`]; no module has changed then.
+    """
     running = [state for state in states_of(configs) if state.peers]
+    for state in {id(state.peers): state for state in running}.values():
+        selections = [(peer.place, perturbations_of(peer.config)) for peer in state.peers if peer.is_configured]
+        check_selection(state.owner, ATTENTION_DROP_KEY, selections)
     for state in running:
         state.configure(perturbations_of(state.config))
-    for state in {id(state.peers): state for state in running}.values():
-        check_peers(state)
 
 
 def _put(config: PreTrainedConfig, key: str, entry: Any) -> None:

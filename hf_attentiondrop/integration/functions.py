@@ -1,5 +1,6 @@
 """The attention functions, with the signature that Transformers calls."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +131,17 @@ def is_perturbable(module: nn.Module) -> bool:
 def perturbations_of_module(module: nn.Module) -> Active:
     """Returns the perturbations of an attention module in training, each with its scheduled value."""
     return module.attention_drop_state.active if is_perturbable(module) else ()
+
+
+def check_perturbed(modules: Iterable[nn.Module]) -> None:
+    """Checks that the perturbations of attention modules can act on them.
+
+    Raises:
+        ValueError: if one cannot.
+    """
+    for module in modules:
+        for perturbation, _ in perturbations_of_module(module):
+            perturbation.check_module(module)
 
 
 def _call(

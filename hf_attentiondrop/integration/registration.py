@@ -21,7 +21,7 @@ from ..methods import LEARNED_METHODS
 from ..methods.method import ATTENTION_DROP_KEY, check_selection
 from .attach import attach, check_can_leave, record_implementations, reset_missing, resolve_entries
 from .config_entries import accept_given_entries, check_given_entries, register_config_entries
-from .functions import is_perturbable, perturbations_of_module
+from .functions import check_perturbed, is_perturbable
 from .generation import warn_of_training_mode
 from .implementations import (
     FUNCTIONS,
@@ -180,9 +180,7 @@ def _activate(model: PreTrainedModel) -> None:
     states = [module.attention_drop_state for module in perturbed]
     selections = [(state.place, state.perturbations) for state in states]
     check_selection(type(model).__name__, ATTENTION_DROP_KEY, selections)
-    for module in perturbed:
-        for perturbation, _ in perturbations_of_module(module):
-            perturbation.check_module(module)
+    check_perturbed(perturbed)
     if learned := [module for module, name in running if name in LEARNED_METHODS]:
         attach(model, learned)
     warn_of_training_mode(type(model))

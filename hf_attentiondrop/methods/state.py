@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.call import SDPA
 from ..attention.modules import Place
-from .method import ATTENTION_DROP_KEY, Perturbation, check_selection
+from .method import ATTENTION_DROP_KEY, Perturbation
 
 
 # The modules that each config governs, so that an assignment to its entry takes effect in them.
@@ -129,13 +129,3 @@ def states_of(configs: Iterable[PreTrainedConfig]) -> Iterator[ModuleState]:
     """Yields the states of all attention modules that one of these configs governs."""
     for config in configs:
         yield from list(_states.get(config, ()))
-
-
-def check_peers(state: ModuleState) -> None:
-    """Checks the configuration of all modules of a model.
-
-    Raises:
-        ValueError: as [`check_selection`].
-    """
-    configured = [peer for peer in state.peers if peer.is_configured]
-    check_selection(state.owner, ATTENTION_DROP_KEY, [(peer.place, peer.perturbations) for peer in configured])
