@@ -60,3 +60,14 @@ def flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled = cache(partial(bit_mask.compile_for_many_calls, fullgraph=True, backend="aot_eager"))
         monkeypatch.setattr(bit_mask, "_compile", compiled)
         monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blockwise attention at any length, with blocks so small that the short sequences of the tests need several."""
+    from hf_attentiondrop.functional.blockwise import blocks
+    from hf_attentiondrop.methods import long_sequences
+
+    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
+    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)

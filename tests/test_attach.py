@@ -31,7 +31,7 @@ from transformers.distributed import DistributedConfig
 import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig, GatedAttentionConfig
 from hf_attentiondrop.methods.affine_scaled import AffineScaling
-from hf_attentiondrop.methods.method import LearnedWeights
+from hf_attentiondrop.methods.learned import LearnedWeights
 
 from .models import build, enable_checkpointing, inputs, require_one_graph
 from .test_registration import TINY, TINY_CLIP

@@ -39,7 +39,7 @@ from transformers import (
 
 import hf_attentiondrop
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
-from hf_attentiondrop.methods.method import LearnedWeights
+from hf_attentiondrop.methods.learned import LearnedWeights
 
 from .models import build
 from .test_registration import TINY

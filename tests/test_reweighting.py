@@ -16,7 +16,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
 from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, AttentionSinkConfig, GatedAttentionConfig
 from hf_attentiondrop.integration.functions import reweighted_attention_forward
-from hf_attentiondrop.methods.method import Dimensions, LearnedMethod, Perturbation
+from hf_attentiondrop.methods.learned import Dimensions, LearnedMethod
+from hf_attentiondrop.methods.method import Perturbation
 
 from . import reference
 from .attention import defined, make_module, position_bias

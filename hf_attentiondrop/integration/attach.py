@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.parts import configs_of
 from ..methods import LEARNED_METHODS
-from ..methods.method import LEARNED_KEY, Dimensions, LearnedMethod, LearnedWeights, check_selection
+from ..methods.learned import LEARNED_KEY, Dimensions, LearnedMethod, LearnedWeights
+from ..methods.method import check_selection
 from .implementations import PREFIX
 
 

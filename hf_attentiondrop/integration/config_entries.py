@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..attention.parts import configs_of
-from ..methods.method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation, check_selection
+from ..methods.learned import LEARNED_KEY, LearnedMethod
+from ..methods.method import ATTENTION_DROP_KEY, Perturbation, check_selection
 from ..methods.parsing import PerturbationLike, learned_method_from, perturbations_from
 from ..methods.state import states_of
 from ..version import __version__

@@ -17,7 +17,8 @@ from ..attention.call import (
 )
 from ..functional import mixes_documents
 from ..methods import LEARNED_METHODS
-from ..methods.method import LearnedWeights, Perturbation
+from ..methods.learned import LearnedWeights
+from ..methods.method import Perturbation
 
 
 ATTENTION_DROP = "attentiondrop"

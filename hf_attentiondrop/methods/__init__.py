@@ -7,7 +7,8 @@ from .drophead import DropHead
 from .dropkey import DropKey
 from .gated_attention import GatedAttentionConfig
 from .hard import HardMasking
-from .method import LearnedMethod, Method, Perturbation
+from .learned import LearnedMethod
+from .method import Method, Perturbation
 
 
 METHODS: tuple[type[Method], ...] = (

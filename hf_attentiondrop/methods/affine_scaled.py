@@ -22,7 +22,7 @@ from ..functional import (
 from ..validation import is_probability
 from .card import MethodCard
 from .gated_attention import GatedAttention, gate_card
-from .method import Dimensions, LearnedMethod, LearnedWeights, project
+from .learned import Dimensions, LearnedMethod, LearnedWeights, project
 from .papers import AFFINE_SCALED
 
 

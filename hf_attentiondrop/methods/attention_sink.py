@@ -13,7 +13,7 @@ from ..attention.call import SDPA, Attend, AttentionCall, AttentionOutput
 from ..functional import prepend_sink, prepend_sink_to_mask
 from ..validation import is_number
 from .card import MethodCard
-from .method import Dimensions, LearnedMethod, LearnedWeights
+from .learned import Dimensions, LearnedMethod, LearnedWeights
 from .papers import AFFINE_SCALED
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attention.call import Attend, AttentionCall, AttentionOutput
 from ..functional import gate_output
 from .card import MethodCard
-from .method import Dimensions, LearnedMethod, LearnedWeights, project
+from .learned import Dimensions, LearnedMethod, LearnedWeights, project
 
 
 PAPER = """@article{qiu2025gated,

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..validation import suggestion
 from . import LEARNED_METHODS, PERTURBATIONS
-from .method import ATTENTION_DROP_KEY, LEARNED_KEY, LearnedMethod, Perturbation
+from .learned import LEARNED_KEY, LearnedMethod
+from .method import ATTENTION_DROP_KEY, Perturbation
 
 
 # Early releases wrote the settings of both variants to config.json and ignored those of the other variant.

@@ -8,7 +8,8 @@ import yaml
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.methods import LEARNED_METHODS
-from hf_attentiondrop.methods.method import LearnedMethod, Perturbation
+from hf_attentiondrop.methods.learned import LearnedMethod
+from hf_attentiondrop.methods.method import Perturbation
 from hf_attentiondrop.methods.parsing import perturbations_from
 
 from .arguments import ATTENTION_DROP

@@ -11,7 +11,6 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from hf_attentiondrop.functional import AXES, dropkey_attention, sample_key_mask
-from hf_attentiondrop.functional.blockwise import blocks
 
 from .. import reference
 from ..cases import CASES, CASES_BY_NAME, AttentionCase
@@ -29,10 +28,7 @@ NAMES = [
 ADDITIVE = ["float_with_bias", "fully_masked_float", "fully_masked_float_minus_infinity", "bias_grouped"]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def weights(

@@ -26,10 +26,7 @@ ADDITIVE = ["float_with_bias", "fully_masked_float", "fully_masked_float_minus_i
 FILLS = ["mask", "zero"]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def attend(name: str, fill: str, dropout: float = 0.0) -> tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hf_attentiondrop.methods import METHODS, PERTURBATIONS
-from hf_attentiondrop.methods.method import LearnedMethod, Method, Perturbation
+from hf_attentiondrop.methods.learned import LearnedMethod
+from hf_attentiondrop.methods.method import Method, Perturbation
 
 from .. import reference
 from ..cases import AttentionCase

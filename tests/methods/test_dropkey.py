@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from hf_attentiondrop import DropKey
-from hf_attentiondrop.functional.blockwise import blocks
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import dropkey, long_sequences
+from hf_attentiondrop.methods import dropkey
 
 from .. import reference as definitions
 from ..attention import check_against_the_definition, make_module
@@ -26,14 +25,6 @@ def reference(dropkey: DropKey, definition: Definition) -> Definition:
     uniform = torch.rand(shape)
     dropped = definitions.dropped_keys(visible, uniform.expand(visible.shape), p=dropkey.p)
     return replace(definition, visible=visible & ~dropped)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that even the short sequences here need several of them."""
-    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
-    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

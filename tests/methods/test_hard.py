@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from hf_attentiondrop import HardMasking
-from hf_attentiondrop.functional.blockwise import blocks
 from hf_attentiondrop.integration.functions import attention_drop_forward
-from hf_attentiondrop.methods import hard, long_sequences
+from hf_attentiondrop.methods import hard
 
 from .. import reference as definitions
 from ..attention import check_against_the_definition, check_half_precision, expected, make_module
@@ -34,14 +33,6 @@ def reference(hard: HardMasking, definition: Definition) -> Definition:
     if hard.fill == "mask":
         return replace(definition, visible=visible & ~masked)
     return replace(definition, zeroed=masked)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that even the short sequences here need several of them."""
-    monkeypatch.setattr(long_sequences, "FEW_SCORES", 0)
-    monkeypatch.setattr(blocks, "QUERIES_PER_BLOCK", 4)
-    monkeypatch.setattr(blocks, "SCORES_PER_BLOCK", 2 * 4 * 9)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

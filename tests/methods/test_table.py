@@ -14,7 +14,8 @@ from hf_attentiondrop.attention.call import Attend, AttentionCall, AttentionOutp
 from hf_attentiondrop.hub import CardContent, build_card
 from hf_attentiondrop.methods import LEARNED_METHODS, METHODS, PERTURBATIONS
 from hf_attentiondrop.methods.card import MethodCard
-from hf_attentiondrop.methods.method import LearnedMethod, Method, Perturbation
+from hf_attentiondrop.methods.learned import LearnedMethod
+from hf_attentiondrop.methods.method import Method, Perturbation
 
 from . import module_of
 
