@@ -159,11 +159,12 @@ EXPECTED = "expected a YAML mapping or a list of mappings such as '[{variant: ha
         (["--attention_drop", "[]"], "--attention_drop: `attention_drop` must hold at least one perturbation"),
         (
             ["--attention_drop", "[{variant: hard}, {variant: blurr}]"],
-            "--attention_drop: `attention_drop`: `variant` must be one of ('hard', 'blur'",
+            "--attention_drop: Entry 1 of the list: `attention_drop`: `variant` must be one of ('hard', 'blur'",
         ),
         (
             ["--attention_drop", "[{variant: hard}, {variant: blur, p: 0.3}]"],
-            "--attention_drop: Unknown key 'p' in `attention_drop`: variant='blur' does not use it",
+            "--attention_drop: Entry 1 of the list: Unknown key 'p' in `attention_drop`: variant='blur' does not use "
+            "it",
         ),
         (["--attention_drop", "{p: 2}"], "--attention_drop: HardMasking: `p` must be a probability in [0, 1], got 2."),
         (
