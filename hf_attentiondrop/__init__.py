@@ -15,7 +15,7 @@ from .version import __version__, check_minimum_versions
 
 check_minimum_versions()
 
-from .configure import configure, set_base_attention, set_scheduled_value  # noqa: E402
+from .configure import configure, scale_attention_drop, set_base_attention  # noqa: E402
 from .integration.registration import register  # noqa: E402
 from .methods import (  # noqa: E402
     AffineScaledConfig,
@@ -75,8 +75,8 @@ __all__ = [
     "consistency_loss",
     "dropconnect_of",
     "report",
+    "scale_attention_drop",
     "set_base_attention",
-    "set_scheduled_value",
 ]
 
 

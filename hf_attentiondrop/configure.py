@@ -1,9 +1,8 @@
-"""Changing a loaded model: its perturbations, their scheduled values, and the base attention."""
+"""Changing a loaded model: its perturbations, their schedule, and the base attention."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from .integration.switching import all_or_nothing
 from .methods.method import ATTENTION_DROP_KEY, Perturbation
 from .methods.parsing import PerturbationLike, perturbations_from
 from .methods.state import ModuleState
+from .validation import is_number
 
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
     are taken without one. To keep them, change a copy:
     `configure(model, dataclasses.replace(model.config.attention_drop, layers=(0, 3)))`.
 
-    To vary `p` or `sigma_max` during training use [`set_scheduled_value`], which does not change config.json.
+    To vary `p` or `sigma_max` during training use [`scale_attention_drop`], which does not change config.json.
 
     Args:
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
             wrapper around one (PEFT, DDP). A compiled model does not recompile for another `p` or `sigma_max`.
         attention_drop: a perturbation such as [`HardMasking`], a dict of its settings, or a list of these, where the
-            first one wraps the others. It is stored in the model's config, including sub-configs, and resets
-            scheduled values.
+            first one wraps the others. It is stored in the model's config, including sub-configs, and ends a
+            schedule.
 
     Raises:
         ValueError: if no part of the model uses this package, if the configuration selects no attention module, or if
@@ -73,21 +73,20 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
         _warn_of_reset_settings(previous, perturbations[0], named)
 
 
-def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -> None:
-    """Sets the current value of a scheduled setting: `sigma_max` of `"blur"`, `p` of the other variants.
+def scale_attention_drop(model: Any, factor: float | None) -> None:
+    """Scales the perturbations of a model during training: `p`, or `sigma_max` of `"blur"`, becomes the configured
+    value times a factor, in every layer and head and for every perturbation of a list.
 
-    The value holds until the next call. It changes neither the configuration nor config.json, and checkpoints do not
-    contain it: after a resume, set it again for the current step. [`report`] shows it next to the configured value. A
-    compiled model does not recompile.
+    The factor holds until the next call. It changes neither the configuration nor config.json, and checkpoints do not
+    contain it: after a resume, set it again for the current step. [`report`] shows the resulting values. A compiled
+    model does not recompile.
 
     Args:
         model: a Transformers model that is perturbed in training, or a wrapper around one (PEFT, DDP).
-        value: the new value, in the range of the setting; a dict of variant to value if the model has several
-            variants; `None` restores the configured values.
+        factor: a number in [0, 1]; `None` ends the schedule, with the configured values.
 
     Raises:
-        ValueError: if the value is out of range, if no part of the model is perturbed, if a single value is given
-            for several variants, or if a list has the variant more than once with different values.
+        ValueError: if the factor is out of range, or no part of the model is perturbed.
         TypeError: if `model` contains no Transformers model.
 
     Example:
@@ -96,27 +95,39 @@ def set_scheduled_value(model: Any, value: float | Mapping[str, float] | None) -
     >>> config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, attention_drop={"p": 0.2})
     >>> model = BertModel._from_config(config, attn_implementation="attentiondrop")
     >>> for step in range(100):
-    ...     set_scheduled_value(model, 0.2 * min(1.0, step / 50))  # Warm-up over 50 steps.
+    ...     scale_attention_drop(model, min(1.0, step / 50))  # p rises from 0 to 0.2 over 50 steps.
     ...     # loss, backward, optimizer step
     >>> model.config.attention_drop.p
     0.2
     """
-    bases = _running_models(model, "a scheduled value")
-    modules = [module for base in bases for module in _running_modules(base) if is_perturbable(module)]
-    states = [module.attention_drop_state for module in modules]
-    perturbations = {p for state in states for p in state.perturbations if p.can_act and p.selects(state.place)}
-    if not perturbations:
+    if factor is not None and not (is_number(factor) and 0 <= factor <= 1):
         raise ValueError(
-            f"AttentionDrop is not configured for {type(bases[0]).__name__}, or perturbs nothing at any value, so a "
-            "scheduled value would have no effect. Call configure(model, HardMasking(...)) first; blur needs a width "
-            "above 1."
+            f"scale_attention_drop: `factor` must be a number in [0, 1] or None, got {factor!r}. It multiplies the "
+            "configured values, which are the highest ones: for more, configure a higher value."
         )
-    values = {} if value is None else _by_variant(value, perturbations)
-    for variant in values:
-        for state in states:
-            _check_one_value(variant, state.perturbations)
-    for state in states:
-        state.schedule(values)
+    for state in perturbed_states(model, "a schedule"):
+        state.scale(factor, state.gains)
+
+
+def perturbed_states(model: Any, what: str) -> list[ModuleState]:
+    """Returns the states of the attention modules that are perturbed in training.
+
+    Args:
+        model: as in [`scale_attention_drop`].
+        what: what would have no effect without any, for the message.
+
+    Raises:
+        ValueError: if there are none.
+        TypeError: if `model` contains no Transformers model.
+    """
+    bases = _running_models(model, what)
+    modules = [module for base in bases for module in _running_modules(base) if is_perturbable(module)]
+    if states := [module.attention_drop_state for module in modules if module.attention_drop_state.active]:
+        return states
+    raise ValueError(
+        f"AttentionDrop is not configured for {type(bases[0]).__name__}, or perturbs nothing, so {what} would have no "
+        "effect. Call configure(model, HardMasking(...)) first, with a value above 0; blur needs a width above 1."
+    )
 
 
 def set_base_attention(model: Any, attn_implementation: str) -> None:
@@ -185,42 +196,6 @@ def _running_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def _running_states(model: PreTrainedModel) -> list[ModuleState]:
     return [module.attention_drop_state for module in _running_modules(model)]
-
-
-def _by_variant(value: float | Mapping[str, float], perturbations: set[Perturbation]) -> dict[str, float]:
-    """Checks scheduled values and returns them by variant."""
-    variants = sorted({perturbation.variant for perturbation in perturbations})
-    if not isinstance(value, Mapping):
-        if len(variants) > 1:
-            raise ValueError(
-                f"set_scheduled_value: expected a dict of variant to value, got {value!r}: the model has "
-                f"{' and '.join(variants)}, whose values mean different things. Pass, for example, {{{variants[0]!r}: "
-                f"{value!r}}}; the others get their configured values."
-            )
-        value = {variants[0]: value}
-    if unknown := [variant for variant in value if variant not in variants]:
-        raise ValueError(
-            f"set_scheduled_value: {unknown[0]!r} perturbs no module of the model, so its value would have no effect. "
-            f"The variants of the model are {', '.join(variants)}."
-        )
-    checked = {}
-    for perturbation in perturbations:
-        if perturbation.variant in value:
-            # Raises for a value that is out of range.
-            settings: dict[str, Any] = {perturbation.scheduled: value[perturbation.variant]}
-            changed = replace(perturbation, **settings)
-            checked[perturbation.variant] = changed.scheduled_value
-    return checked
-
-
-def _check_one_value(variant: str, perturbations: Sequence[Perturbation]) -> None:
-    configured = {p.scheduled_value for p in perturbations if p.variant == variant}
-    if len(configured) > 1:
-        raise ValueError(
-            f"set_scheduled_value: expected one configured value of {variant!r}, got {sorted(configured)} in a "
-            "list: a scheduled value would replace all of them. Use one entry for all layers while a "
-            "schedule runs, or call configure(model, [...]) with new values."
-        )
 
 
 def _warn_of_reset_settings(entries: list[Any], perturbation: Perturbation, named: set[str]) -> None:

@@ -1,7 +1,7 @@
 """A table of the attention modules of a model and the methods that act on each of them."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from .attention.dropout import attention_dropout
 from .attention.modules import attention_modules
 from .attention.parts import transformers_models
 from .integration.functions import perturbations_of_module
+from .methods.profile import Value
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ReportRow:
         reweighting: learned method attached to it; empty for none.
         needs_score_matrix: True if attention dropout forces a full score matrix on CUDA (FlexAttention has no
             dropout).
-        scheduled: scheduled values by variant.
+        current: current value of each perturbation in `applied`, a tuple for one per head, where a schedule or an
+            adaptive strength changes the configured values; otherwise empty.
     """
 
     name: str
@@ -38,7 +40,7 @@ class ReportRow:
     calls: int
     reweighting: str = ""
     needs_score_matrix: bool = False
-    scheduled: Mapping[str, float] = field(default_factory=dict)
+    current: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,8 @@ class Report:
         for row in self.rows:
             place = (row.name, row.kind, str(row.layer), row.implementation)
             applied = row.applied or "-"
-            if len(row.scheduled) == 1 and " + " not in row.applied:
-                applied += f" (now {next(iter(row.scheduled.values())):.4g})"
-            elif row.scheduled:
-                applied += f" (now {', '.join(f'{name} {value:.4g}' for name, value in row.scheduled.items())})"
+            if row.current:
+                applied += f" (now {', '.join(map(_shown, row.current))})"
             table.append((*place, applied, str(row.calls), row.reweighting or "-"))
         reweighted = sum(bool(row.reweighting) for row in self.rows)
         if not reweighted:
@@ -133,9 +133,13 @@ def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
             state.place.kind,
             state.place.layer,
             implementation if state.base == SDPA else f"{implementation} on {state.base}",
-            applied=" + ".join(perturbation.summary for perturbation in perturbations),
+            applied=" + ".join(perturbation.at(state.place).summary for perturbation in perturbations),
             calls=int(state.calls),
             reweighting="" if learned is None else learned.summary,
             needs_score_matrix=any(perturbation.needs_score_matrix(dropout) for perturbation in perturbations),
-            scheduled={p.variant: state.scheduled[p.variant] for p in perturbations if p.variant in state.scheduled},
+            current=tuple(state.values) if perturbations and state.is_scaled else (),
         )
+
+
+def _shown(value: Value) -> str:
+    return f"{min(value):.4g} to {max(value):.4g}" if isinstance(value, tuple) else f"{value:.4g}"

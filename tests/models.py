@@ -33,7 +33,7 @@ def _bert(**kwargs: Any) -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=kwargs.pop("num_hidden_layers", 2),
         num_attention_heads=4,
         intermediate_size=64,
         **kwargs,
@@ -47,7 +47,7 @@ def _vit(**kwargs: Any) -> ViTForImageClassification:
         patch_size=2,
         num_channels=1,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=kwargs.pop("num_hidden_layers", 2),
         num_attention_heads=4,
         intermediate_size=64,
         **kwargs,
@@ -59,8 +59,8 @@ def _marian(**kwargs: Any) -> MarianMTModel:
     config = MarianConfig(
         vocab_size=VOCAB_SIZE,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=kwargs.pop("encoder_layers", 2),
+        decoder_layers=kwargs.pop("decoder_layers", 2),
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=64,
@@ -79,7 +79,7 @@ def _llama(**kwargs: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=kwargs.pop("num_hidden_layers", 2),
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=64,

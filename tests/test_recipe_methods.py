@@ -63,6 +63,24 @@ def test_attention_drop_is_one_perturbation_or_a_list(
     assert not record.keys() & {"variant", "p", "layers", "sigma_max", "width"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "flags", "p"),
+    [
+        ({}, ["--p", "[0.2]"], [0.2]),
+        ({}, ["--p", "{from: 0.2, to: 0.0}"], {"from": 0.2, "to": 0.0}),
+        ({"p": {"from": 0.2, "to": 0.0}}, [], {"from": 0.2, "to": 0.0}),
+        ({"p": [{"heads": [0.1, 0.2]}]}, [], [{"heads": [0.1, 0.2]}]),
+        ({"p": [0.1]}, ["--p", "0.3"], 0.3),
+    ],
+    ids=str,
+)
+def test_p_may_differ_between_layers(
+    recipe: ModuleType, tmp_path: Path, settings: dict[str, Any], flags: list[str], p: Any
+) -> None:
+    drop, record = parse(recipe, tmp_path, settings, *flags)
+    assert drop["p"] == record["p"] == p
+
+
 def test_run_with_a_list_is_reproduced_and_described(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

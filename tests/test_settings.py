@@ -12,15 +12,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import CLIPConfig, CLIPModel
 
-from hf_attentiondrop import AttentionDropConfig, configure, report, set_scheduled_value
+from hf_attentiondrop import AttentionDropConfig, configure, report, scale_attention_drop
 from hf_attentiondrop.methods.method import Perturbation
 
 from .models import build, inputs
 from .test_registration import TINY_CLIP, training_output
 
 
-def scheduled_values(model: nn.Module) -> set[float]:
-    return {value for row in report(model).rows for value in row.scheduled.values()}
+def current_values(model: nn.Module) -> set[Any]:
+    return {value for row in report(model).rows for value in row.current}
 
 
 def test_configure_replaces_and_says_what_it_resets(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,58 +72,49 @@ def test_configure_reaches_the_sub_configs() -> None:
 
 
 @pytest.mark.parametrize("variant", ["hard", "blur"])
-def test_a_scheduled_value_acts_and_is_not_saved(variant: str, tmp_path: Path) -> None:
+def test_a_scaled_value_acts_and_is_not_saved(variant: str, tmp_path: Path) -> None:
     name = "p" if variant == "hard" else "sigma_max"
-    drop = AttentionDropConfig(variant=variant, **{name: 0.25})
+    drop = AttentionDropConfig(variant=variant, **{name: 0.9})
     model, batch = build("bert", dropout=False, attention_drop=drop), inputs("bert")
     keys, clean, configured = model.state_dict().keys(), model(**batch).logits, training_output(model, batch)
-    set_scheduled_value(model, 0.9)
-    stronger = build("bert", dropout=False, attention_drop=replace(drop, **{name: 0.9}))
-    assert torch.equal(training_output(model, batch), training_output(stronger, batch))
+    scale_attention_drop(model, 0.5)
+    weaker = build("bert", dropout=False, attention_drop=replace(drop, **{name: 0.45}))
+    assert torch.equal(training_output(model, batch), training_output(weaker, batch))
     assert model.config.attention_drop == drop and model.state_dict().keys() == keys
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["attention_drop"] == drop.to_dict()
-    set_scheduled_value(model, 0.0)
+    scale_attention_drop(model, 0.0)
     assert torch.allclose(training_output(model, batch), clean, atol=1e-6)
     assert torch.equal(model.eval()(**batch).logits, clean)
-    set_scheduled_value(model, None)
+    scale_attention_drop(model, None)
     assert torch.equal(training_output(model, batch), configured)
 
 
-def test_a_schedule_can_start_from_zero() -> None:
-    model, batch = build("bert", dropout=False, attention_drop={"p": 0.0}), inputs("bert")
-    clean = training_output(model, batch)
-    set_scheduled_value(model, 0.9)
-    assert not torch.equal(training_output(model, batch), clean)
-    set_scheduled_value(model, None)
-    assert torch.equal(training_output(model, batch), clean) and not report(model).active
-
-
-def test_the_report_shows_the_configured_and_the_scheduled_value() -> None:
+def test_the_report_shows_the_configured_and_the_current_value() -> None:
     model = build("bert", attention_drop={"p": 0.3, "layers": [0]})
-    set_scheduled_value(model, 0.05)
+    scale_attention_drop(model, 0.5)
     rows = report(model).rows
-    assert [(row.applied, row.scheduled) for row in rows] == [("hard p=0.3 k=5 fill=mask", {"hard": 0.05}), ("", {})]
-    assert "hard p=0.3 k=5 fill=mask (now 0.05)" in str(report(model))
-    set_scheduled_value(model, None)
+    assert [(row.applied, row.current) for row in rows] == [("hard p=0.3 k=5 fill=mask", (0.15,)), ("", ())]
+    assert "hard p=0.3 k=5 fill=mask (now 0.15)" in str(report(model))
+    scale_attention_drop(model, None)
     assert "now" not in str(report(model))
 
 
 def test_a_schedule_survives_a_copy_and_a_switch_and_ends_with_a_new_configuration() -> None:
     model = build("bert", attention_drop={"p": 0.3})
-    set_scheduled_value(nn.ModuleDict({"inner": model}), 0.05)
+    scale_attention_drop(nn.ModuleDict({"inner": model}), 0.5)
     copied = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
     model.set_attn_implementation("attentiondrop")
     for scheduled in (model, copied):
-        assert scheduled_values(scheduled) == {0.05}
+        assert current_values(scheduled) == {0.15}
     with pytest.raises(ValueError, match="no such layer"):
         configure(model, {"layers": [99]})
-    assert scheduled_values(model) == {0.05}, "a failed change must leave the model unchanged"
+    assert current_values(model) == {0.15}, "a failed change must leave the model unchanged"
     configure(model, {"variant": "blur"})
     copied.config.attention_drop = {"variant": "blur"}
     for changed in (model, copied):
-        assert scheduled_values(changed) == set()
+        assert current_values(changed) == set()
         assert {value for module in attentions(changed) for value in module.attention_drop_state.values} == {1.0}
 
 
@@ -132,31 +123,31 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("drop", "value", "message"),
+    ("drop", "factor", "message"),
     [
-        ({}, 1.5, r"`p` must be a probability in \[0, 1\], got 1.5"),
-        ({}, float("nan"), "`p` must be a probability"),
-        ({}, "0.1", "`p` must be a probability"),
-        ({"variant": "blur"}, -1.0, "`sigma_max` must be a finite number >= 0, got -1.0"),
-        ({"variant": "blur", "width": 1}, 1.0, "perturbs nothing at any value.*width above 1"),
+        ({}, 1.5, r"`factor` must be a number in \[0, 1\] or None, got 1.5"),
+        ({}, float("nan"), "`factor` must be a number"),
+        ({}, "0.1", "`factor` must be a number"),
+        ({"p": 0.0}, 0.5, "or perturbs nothing.*with a value above 0"),
+        ({"variant": "blur", "width": 1}, 1.0, "or perturbs nothing.*width above 1"),
     ],
 )
-def test_a_scheduled_value_that_cannot_act_raises(drop: dict, value: Any, message: str) -> None:
+def test_a_factor_that_cannot_act_raises(drop: dict, factor: Any, message: str) -> None:
     model = build("bert", attention_drop=drop)
     with pytest.raises(ValueError, match=message):
-        set_scheduled_value(model, value)
-    assert scheduled_values(model) == set()
+        scale_attention_drop(model, factor)
+    assert current_values(model) == set()
 
 
 def test_a_schedule_of_a_model_that_would_ignore_it_raises() -> None:
-    with pytest.raises(ValueError, match="so a scheduled value would have no effect"):
-        set_scheduled_value(build("bert", attn_implementation="sdpa"), 0.1)
+    with pytest.raises(ValueError, match="so a schedule would have no effect"):
+        scale_attention_drop(build("bert", attn_implementation="sdpa"), 0.5)
     learned = build("bert", attn_implementation="affine_scaled")
     with pytest.raises(ValueError, match="is not configured for BertForSequenceClassification"):
-        set_scheduled_value(learned, 0.1)
+        scale_attention_drop(learned, 0.5)
     configure(learned, {"p": 0.2})
-    set_scheduled_value(learned, 0.1)
-    assert scheduled_values(learned) == {0.1}
+    scale_attention_drop(learned, 0.5)
+    assert current_values(learned) == {0.1}
 
 
 @pytest.mark.parametrize(
@@ -164,26 +155,26 @@ def test_a_schedule_of_a_model_that_would_ignore_it_raises() -> None:
     [AttentionDropConfig(p=0.5), pytest.param(AttentionDropConfig(variant="blur"), marks=pytest.mark.slow)],
     ids=["hard", "blur"],
 )
-def test_a_scheduled_value_does_not_compile_again(drop: Perturbation) -> None:
+def test_a_factor_does_not_compile_again(drop: Perturbation) -> None:
     torch._dynamo.reset()
     counters.clear()
     model, batch = build("llama", dropout=False, attention_drop=drop).train(), inputs("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for value in (None, 0.1, 0.9, 0.0, None):
-        set_scheduled_value(model, value)
+        scale_attention_drop(model, value)
         torch.manual_seed(0)
         wanted = model(**batch).loss
         torch.manual_seed(0)
         torch.testing.assert_close(compiled(**batch).loss, wanted, rtol=0, atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 1, "a scheduled value made the model compile again"
+    assert counters["stats"]["unique_graphs"] == 1, "a factor made the model compile again"
 
 
 def test_a_schedule_survives_an_assignment_that_raises() -> None:
     model = build("bert", attention_drop={"p": 0.3})
-    set_scheduled_value(model, 0.05)
+    scale_attention_drop(model, 0.5)
     with pytest.raises(ValueError, match="names layer 99"):
         model.config.attention_drop = {"layers": [99]}
-    assert scheduled_values(model) == {0.05}
+    assert current_values(model) == {0.15}
 
 
 def test_an_object_of_another_variant_resets_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,8 +5,9 @@ import inspect
 import io
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Parts of the names of cross-attention modules in model files, and arguments with the other sequence.
 CROSS_NAMES = ("cross", "encoder_attn", "encdecattention", "encoder_decoder")
 OTHER_STATES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
+HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Place:
         stack: name of the stack of layers, such as `"model.decoder.layers"`.
         layer: position in the stack.
         num_layers: length of the stack.
+        num_heads: number of query heads; `None` if unknown.
     """
 
     kind: str
     stack: str
     layer: int
     num_layers: int
+    num_heads: int | None = None
 
 
 @functools.cache
@@ -76,12 +80,25 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 
     places = {}
     for name, (stack, block) in paths.items():
-        kind, number = _kind_of(name, modules[name]), block.removeprefix(f"{stack}.")
+        number = block.removeprefix(f"{stack}.")
         if number.isdigit():
-            places[name] = Place(kind, stack, int(number), len(model.get_submodule(stack)))
+            position = int(number), len(model.get_submodule(stack))
         else:
-            places[name] = Place(kind, stack, blocks[stack].index(block), len(blocks[stack]))
+            position = blocks[stack].index(block), len(blocks[stack])
+        module = modules[name]
+        places[name] = Place(_kind_of(name, module), stack, *position, num_heads_of(module))
     return places
+
+
+def num_heads_of(module: nn.Module) -> int | None:
+    """Returns the number of query heads of an attention module, `None` if neither it nor its config says it."""
+    return first_integer(HEADS_NAMES, module, getattr(module, "config", None))
+
+
+def first_integer(names: Iterable[str], *owners: Any) -> int | None:
+    """Returns the first attribute of these names that is an integer."""
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _stack_and_block(model: nn.Module, name: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ def gaussian_window(sigma: torch.Tensor, neighbors: torch.Tensor) -> torch.Tenso
     """Gaussian weights, normalized over the neighbors that count.
 
     Args:
-        sigma: `(B,)` or `(1,)`, standard deviations in tokens, `>= 0`; zero is the identity.
+        sigma: `(B|1,)` or `(B|1, H)`, standard deviations in tokens, `>= 0`; zero is the identity.
         neighbors: boolean `(B|1, H|1, K, W)`, see [`~functional.visible_neighbors`].
 
     Returns:
@@ -33,8 +33,9 @@ def gaussian_window(sigma: torch.Tensor, neighbors: torch.Tensor) -> torch.Tenso
     offset = torch.arange(-(width // 2), width // 2 + 1, device=sigma.device)
     neighbors = neighbors | (offset == 0)
     # The floor keeps sigma = 0 from dividing by zero.
-    sharpness = -0.5 * (offset / sigma[:, None].clamp_min(1e-6)).square()  # (B, W)
-    return sharpness[:, None, None].masked_fill(~neighbors, -torch.inf).softmax(dim=-1)
+    sharpness = -0.5 * (offset / sigma[..., None].clamp_min(1e-6)).square()  # (B|1, W) or (B|1, H, W)
+    sharpness = sharpness[:, None] if sigma.dim() == 1 else sharpness
+    return sharpness[:, :, None].masked_fill(~neighbors, -torch.inf).softmax(dim=-1)
 
 
 def blur_keys(key: torch.Tensor, sigma: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
@@ -42,12 +43,12 @@ def blur_keys(key: torch.Tensor, sigma: torch.Tensor, neighbors: torch.Tensor) -
 
     Args:
         key: `(B, Hkv, K, D)`, after rotary embedding.
-        sigma: `(B,)` or `(1,)`, standard deviations in tokens, `>= 0`.
-        neighbors: boolean `(B|1, H|1, K, W)`, `W` odd. With one mask per query head the keys are expanded to
+        sigma: `(B|1,)` or `(B|1, H)`, standard deviations in tokens, `>= 0`.
+        neighbors: boolean `(B|1, H|1, K, W)`, `W` odd. With one mask or sigma per query head the keys are expanded to
             `H` heads first.
 
     Returns:
-        `(B, Hkv, K, D)` in the key's dtype (`(B, H, K, D)` with masks per head); accumulated in at least float32.
+        `(B, Hkv, K, D)` in the key's dtype (`(B, H, K, D)` if expanded); accumulated in at least float32.
 
     Source: arXiv 2504.12088, variant 2, with the window renormalized over the visible neighbors.
 
@@ -61,8 +62,9 @@ def blur_keys(key: torch.Tensor, sigma: torch.Tensor, neighbors: torch.Tensor) -
     >>> blur_keys(key, torch.tensor([1.0]), all_neighbors).flatten()
     tensor([0.3775, 0.4519, 0.3775])
     """
-    if neighbors.shape[1] > key.shape[1]:
-        key = expand_heads(key, neighbors.shape[1])
+    num_heads = max(neighbors.shape[1], sigma.shape[1] if sigma.dim() > 1 else 1)
+    if num_heads > key.shape[1]:
+        key = expand_heads(key, num_heads)
     dtype = torch.promote_types(key.dtype, torch.float32)
     weights = gaussian_window(sigma.to(dtype), neighbors).unsqueeze(-1)  # (B, H|1, K, W, 1)
     return _Blend.apply(key, weights).to(key.dtype)

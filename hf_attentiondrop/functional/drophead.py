@@ -17,7 +17,7 @@ def sample_head_scale(
     Args:
         batch_size: `B`.
         num_heads: `H`.
-        p: probability in [0, 1] with which a head is dropped, for each sample independently.
+        p: probability in [0, 1] with which a head is dropped, for each sample independently; `(H,)` for one per head.
         dtype: that of the result.
         device: device to sample on.
 
@@ -36,6 +36,8 @@ def sample_head_scale(
     tensor(4.)
     """
     uniform = torch.rand(batch_size, num_heads, dtype=torch.float32, device=device)
+    if isinstance(p, Tensor) and p.dim() > 0:
+        uniform, p = torch.where(p > 0, uniform / p, torch.inf), 1.0
     # Where all numbers are below p, the largest of them belongs to each head with equal probability.
     kept = uniform >= uniform.amax(dim=-1, keepdim=True).clamp(max=p)
     return kept.to(dtype) * (num_heads / kept.sum(dim=-1, keepdim=True, dtype=dtype))

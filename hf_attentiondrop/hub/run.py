@@ -170,7 +170,7 @@ def _methods_of_model(model: PreTrainedModel) -> Iterator[MethodCard]:
         if row.calls or row.applied:
             state = module.attention_drop_state
             for perturbation in state.perturbations:
-                if perturbation.can_act and perturbation.selects(state.place):
+                if perturbation.acts_at(state.place):
                     # The implementation may have been switched on, or off, after the training; the counter tells.
                     perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
     for perturbation, was_applied in perturbations.items():

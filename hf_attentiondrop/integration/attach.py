@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..attention.modules import HEADS_NAMES, first_integer, num_heads_of
 from ..attention.parts import configs_of
 from ..methods import LEARNED_METHODS
 from ..methods.learned import LEARNED_KEY, Dimensions, LearnedMethod, LearnedWeights
@@ -20,7 +21,6 @@ from ..methods.method import check_selection
 from .implementations import PREFIX
 
 
-HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 HEAD_DIM_NAMES = ("v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
 
 
@@ -203,20 +203,16 @@ def _projection(module: nn.Module) -> tuple[torch.Tensor, int]:
 
 
 def _dimensions(module: nn.Module, hidden_size: int) -> Dimensions:
-    num_heads = _first(HEADS_NAMES, module, module.config)
+    num_heads = num_heads_of(module)
     if num_heads is None:
         raise ValueError(
             f"{type(module).__name__} has no attribute with its number of heads (one of {HEADS_NAMES}), so the size "
             "of its learned weights is unknown. Load this model with another attn_implementation."
         )
-    head_dim = _first(HEAD_DIM_NAMES, module) or _first(HEAD_DIM_NAMES[:2], module.config) or hidden_size // num_heads
+    head_dim = first_integer(HEAD_DIM_NAMES, module) or first_integer(HEAD_DIM_NAMES[:2], module.config)
     initializer_range = getattr(module.config, "initializer_range", None)
+    head_dim = head_dim or hidden_size // num_heads
     return Dimensions(hidden_size, num_heads, head_dim, 0.02 if initializer_range is None else initializer_range)
-
-
-def _first(names: Iterable[str], *owners: Any) -> int | None:
-    values = (getattr(owner, name, None) for owner in owners for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
 
 
 @functools.cache

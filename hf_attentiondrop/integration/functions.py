@@ -130,7 +130,7 @@ def is_perturbable(module: nn.Module) -> bool:
 
 
 def perturbations_of_module(module: nn.Module) -> Active:
-    """Returns the perturbations of an attention module in training, each with its scheduled value."""
+    """Returns the perturbations of an attention module in training, each with its current value."""
     return module.attention_drop_state.active if is_perturbable(module) else ()
 
 
@@ -188,7 +188,13 @@ def _perturbed(attend: Attend, active: Active, scales_output: bool) -> Attend:
 
 
 def _with_perturbation(perturbation: Perturbation, value: Tensor, attend: Attend) -> Attend:
-    return lambda call: perturbation.attend(call, attend, value)
+    def perturbed(call: AttentionCall) -> AttentionOutput:
+        current = value
+        if value.dim() > 0:  # One per head.
+            current = value.to(call.query.device, torch.float32).view(-1, 1, 1)
+        return perturbation.attend(call, attend, current)
+
+    return perturbed
 
 
 def _around(learned: LearnedWeights, states: Tensor | None, attend: Attend) -> Attend:

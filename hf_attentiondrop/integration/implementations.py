@@ -90,7 +90,7 @@ def running_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def place_running(model: PreTrainedModel) -> list[nn.Module]:
-    """Sets the state of every attention module of a whole model; keeps counts, base attention and scheduled values.
+    """Sets the state of every attention module of a whole model; keeps counts, base attention, factors and gains.
 
     Returns:
         The modules that run an implementation of this package, see [`running_modules`].
@@ -110,7 +110,7 @@ def place_running(model: PreTrainedModel) -> list[nn.Module]:
             if previous is not None:
                 state.calls, state.base = previous.calls, previous.base
                 state.configure(previous.perturbations)
-                state.schedule(previous.scheduled)
+                state.scale(previous.factor, previous.gains)
             module.attention_drop_state = state
         module.attention_drop_state.governor = weakref.ref(holders[name].owner)
         module.attention_drop_state.owner = type(model).__name__

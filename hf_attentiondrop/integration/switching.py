@@ -20,7 +20,7 @@ def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
     configs = {id(config): config for config in [*configs_of(model.config), *(module.config for module in modules)]}
     entries = [(config, dict(config.__dict__)) for config in configs.values()]
     states = {module: module.__dict__.get("attention_drop_state") for module in modules}
-    before_states = [(state, dict(state.__dict__), state.values) for state in states.values() if state is not None]
+    before_states = [(state, dict(state.__dict__)) for state in states.values() if state is not None]
     try:
         yield
     except BaseException:
@@ -31,8 +31,8 @@ def all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
             module.__dict__.pop("attention_drop_state", None)
             if state is not None:
                 module.attention_drop_state = state
-        for state, attributes, values in before_states:
-            state.restore(attributes, values)
+        for state, attributes in before_states:
+            state.restore(attributes)
         raise
 
 

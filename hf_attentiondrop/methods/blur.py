@@ -13,6 +13,7 @@ from ..validation import is_integer, is_number
 from .card import MethodCard
 from .method import Perturbation
 from .papers import ATTENTION_DROP
+from .profile import ProfileLike
 
 
 # Name of the cap of attention scores in modules.
@@ -26,9 +27,10 @@ class BlurredSmoothing(Perturbation):
     Evaluation is unchanged. Images are blurred in raster order, class token first. Source: arXiv 2504.12088.
 
     Args:
-        sigma_max (`float`, defaults to 1.0):
+        sigma_max (`float`, `list` or `dict`, defaults to 1.0):
             Largest standard deviation of the Gaussian in tokens. It is sampled uniformly from [0, `sigma_max`] for
-            each sample in each layer.
+            each sample in each layer. A list has one value per layer; `{"from": 2.0, "to": 0.0}` changes it linearly
+            with depth; `{"heads": [...]}` sets it per head, for which grouped keys are repeated.
         width (`int`, defaults to 5):
             Width of the Gaussian's window in tokens, odd, at least 1. The paper reports a loss of more than two
             points above 9.
@@ -49,13 +51,12 @@ class BlurredSmoothing(Perturbation):
     variant = "blur"
     scheduled = "sigma_max"
 
-    sigma_max: float = 1.0
+    sigma_max: ProfileLike = 1.0
     width: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(
-            "sigma_max",
+        self._check_profile(
             lambda sigma_max: is_number(sigma_max) and 0 <= sigma_max < math.inf,
             "a finite number >= 0",
             "It is the largest standard deviation of the blur in tokens; 1.0 is the paper's.",
@@ -83,11 +84,12 @@ class BlurredSmoothing(Perturbation):
             **call.lengths,
         )
         dtype = torch.promote_types(call.key.dtype, torch.float32)
-        sigma = sigma_max * torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
+        sigma = torch.rand(call.key.shape[0], dtype=dtype, device=call.key.device)
+        sigma = sigma_max * sigma if sigma_max.dim() == 0 else sigma_max.flatten() * sigma[:, None]
         key = blur_keys(call.key, sigma, neighbors)
         if key.shape[1] == call.key.shape[1]:
             return attend(replace(call, key=key))
-        # Masks per query head took one key per query head, which the base attention must not repeat again.
+        # Masks or blurs per query head took one key per query head, which the base attention must not repeat again.
         ungrouped = copy.copy(call.module)
         ungrouped.num_key_value_groups = 1
         return attend(replace(call, module=ungrouped, key=key, value=expand_heads(call.value, key.shape[1])))

@@ -9,6 +9,7 @@ from ..functional.drophead import sample_head_scale
 from ..validation import is_probability
 from .card import MethodCard
 from .method import Perturbation
+from .profile import ProfileLike
 
 
 PAPER = """@inproceedings{zhou2020scheduled,
@@ -28,8 +29,9 @@ class DropHead(Perturbation):
     Evaluation is unchanged.
 
     Args:
-        p (`float`, defaults to 0.1):
-            Probability in [0, 1] with which each head of a sample is dropped in a layer.
+        p (`float`, `list` or `dict`, defaults to 0.1):
+            Probability in [0, 1] with which each head of a sample is dropped in a layer. A list has one value per
+            layer; `{"from": 0.2, "to": 0.0}` changes it linearly with depth; `{"heads": [...]}` sets it per head.
         layers (`list[int]`, *optional*):
             Layers to act on, counted within each stack (encoder, decoder); negative from the end. All by default.
         attentions (`list[str]`, defaults to `("encoder_self", "decoder_self")`):
@@ -48,14 +50,15 @@ class DropHead(Perturbation):
     scheduled = "p"
     scales_output = True
 
-    p: float = 0.1
+    p: ProfileLike = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("p", is_probability, "a probability in [0, 1]", "It is the chance that a head is dropped.")
+        self._check_profile(is_probability, "a probability in [0, 1]", "It is the chance that a head is dropped.")
 
     def attend(self, call: AttentionCall, attend: Attend, p: Tensor, /) -> AttentionOutput:
         batch_size, num_heads = call.query.shape[:2]
+        p = p if p.dim() == 0 else p.flatten()
         scale = sample_head_scale(batch_size, num_heads, p=p, dtype=call.value.dtype, device=call.value.device)
         output, weights = attend(call)
         output = output * scale.view(batch_size, 1, num_heads, 1)

@@ -12,6 +12,7 @@ from ..validation import is_probability
 from .card import MethodCard
 from .long_sequences import can_replace, prefers_blocks, prefers_flex_attention
 from .method import Perturbation
+from .profile import ProfileLike
 
 
 PAPER = """@inproceedings{li2023dropkey,
@@ -32,8 +33,9 @@ class DropKey(Perturbation):
     Evaluation is unchanged.
 
     Args:
-        p (`float`, defaults to 0.1):
-            Probability in [0, 1] with which each visible key is masked.
+        p (`float`, `list` or `dict`, defaults to 0.1):
+            Probability in [0, 1] with which each visible key is masked. A list has one value per
+            layer; `{"from": 0.2, "to": 0.0}` changes it linearly with depth; `{"heads": [...]}` sets it per head.
         axis (`str`, defaults to `"score"`):
             `"score"` samples for every query and key. `"column"` samples once per key, sample and head for all
             queries, like HiddenKey for LoRA (arXiv 2403.00812).
@@ -54,12 +56,12 @@ class DropKey(Perturbation):
     variant = "dropkey"
     scheduled = "p"
 
-    p: float = 0.1
+    p: ProfileLike = 0.1
     axis: str = "score"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("p", is_probability, "a probability in [0, 1]", "It is the chance that a key is masked.")
+        self._check_profile(is_probability, "a probability in [0, 1]", "It is the chance that a key is masked.")
         self._check("axis", AXES.__contains__, f"one of {AXES}", "It decides which scores are masked together.")
 
     def attend(self, call: AttentionCall, attend: Attend, p: Tensor, /) -> AttentionOutput:

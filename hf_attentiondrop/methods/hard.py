@@ -28,6 +28,7 @@ from .card import MethodCard
 from .long_sequences import can_replace, prefers_blocks, prefers_flex_attention
 from .method import Perturbation
 from .papers import ATTENTION_DROP
+from .profile import ProfileLike
 
 
 # Candidates per row that fit into the registers of the kernel which finds them.
@@ -41,9 +42,10 @@ class HardMasking(Perturbation):
     Evaluation is unchanged. Source: arXiv 2504.12088.
 
     Args:
-        p (`float`, defaults to 0.1):
+        p (`float`, `list` or `dict`, defaults to 0.1):
             Probability in [0, 1] with which each of the `k` highest scores of a query is masked. The paper reports a
-            loss of more than two points above 0.5.
+            loss of more than two points above 0.5. A list has one value per layer; `{"from": 0.2, "to": 0.0}` changes
+            it linearly with depth; `{"heads": [...]}` sets it per head.
         k (`int` or `float`, defaults to 5):
             Number of highest visible scores of a query that can be masked, at least 1; or a fraction between 0 and 1
             of the keys that the query sees, rounded up for each query.
@@ -68,14 +70,13 @@ class HardMasking(Perturbation):
     variant = "hard"
     scheduled = "p"
 
-    p: float = 0.1
+    p: ProfileLike = 0.1
     k: int | float = 5
     fill: str = "mask"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(
-            "p",
+        self._check_profile(
             is_probability,
             "a probability in [0, 1]",
             "It is the chance that a high score is masked; 0.1 is the paper's, above 0.5 it costs accuracy.",

@@ -1,16 +1,17 @@
 """The interface of methods: settings, selection of modules, the change to an attention call, and the model card."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from ..attention.call import Attend, AttentionCall, AttentionOutput
 from ..attention.modules import ATTENTION_KINDS, Place
-from ..validation import Config, is_filled_tuple, is_integer
+from ..validation import Config, is_filled_tuple, is_integer, is_number
 from .card import MethodCard
+from .profile import EXAMPLES, Profile, Value, check_place, is_profile, numbers_of, profile_from, to_plain, value_at
 
 
 ATTENTION_DROP_KEY = "attention_drop"
@@ -63,7 +64,7 @@ class Perturbation(Method):
     variant: ClassVar[str]
     """Name in configurations, as in `attention_drop={"variant": "blur"}`."""
     scheduled: ClassVar[str]
-    """The setting that a schedule may change during training, 0 for no perturbation."""
+    """The setting that may differ between layers and heads and that schedules scale, 0 for no perturbation."""
     scales_output: ClassVar[bool] = False
     """Whether the method only multiplies the attention output. It then wraps the methods that change the scores, with
     which it commutes, and learned methods."""
@@ -80,6 +81,18 @@ class Perturbation(Method):
             "It selects the kinds of attention to act on.",
         )
 
+    def _check_profile(self, is_valid: Callable[[Any], bool], expected: str, why: str) -> None:
+        """Checks the scheduled setting, see `methods/profile.py`."""
+        object.__setattr__(self, self.scheduled, profile_from(getattr(self, self.scheduled)))
+        expected += "" if is_number(self.profile) else f", or {EXAMPLES}"
+        self._check(self.scheduled, lambda profile: is_profile(profile, is_valid), expected, why)
+        if self.layers is not None and isinstance(self.profile, tuple):
+            raise ValueError(
+                f"{type(self).__name__}: `{self.scheduled}` has one value per layer, and `layers` selects "
+                f"{list(self.layers)}: the other values would have no effect. Leave `layers` out and set 0 for layers "
+                "that stay unperturbed."
+            )
+
     @abstractmethod
     def attend(self, call: AttentionCall, attend: Attend, value: Tensor, /) -> AttentionOutput:
         """Computes perturbed attention.
@@ -87,8 +100,9 @@ class Perturbation(Method):
         Args:
             call: the attention call.
             attend: computes attention without this method, with zeros for fully masked queries.
-            value: the scheduled setting, a float64 scalar on the CPU; use it instead of the field. As a tensor it can
-                change without recompiling a compiled model.
+            value: the scheduled setting in this module: a float64 scalar on the CPU, or float32 `(H, 1, 1)` on the
+                device of the call if it differs between heads. Use it instead of the field. As a tensor it can change
+                without recompiling a compiled model.
 
         Returns:
             The output `(B, Q, H, D)`, and the weights `(B, H, Q, K)` where `attend` returns some.
@@ -110,19 +124,41 @@ class Perturbation(Method):
         return False
 
     @property
-    def scheduled_value(self) -> float:
-        """The configured value of the setting that a schedule may change."""
+    def profile(self) -> Profile:
+        """The scheduled setting, for all layers and heads."""
         return getattr(self, self.scheduled)
+
+    def value_at(self, place: Place) -> Value:
+        """Returns the scheduled setting of an attention module, or one value per head."""
+        return value_at(self.profile, place)
+
+    def at(self, place: Place) -> Self:
+        """Returns the perturbation with the scheduled setting of an attention module."""
+        value = self.value_at(place)
+        settings: dict[str, Any] = {self.scheduled: {"heads": value} if isinstance(value, tuple) else value}
+        return replace(self, **settings)
+
+    def check_place(self, place: Place) -> None:
+        """Checks that the scheduled setting has a value for an attention module.
+
+        Raises:
+            ValueError: if it has not, see [`~methods.profile.check_place`].
+        """
+        check_place(self.scheduled, self.profile, place)
 
     @property
     def can_act(self) -> bool:
-        """Whether some scheduled value perturbs attention."""
+        """Whether some scheduled setting perturbs attention."""
         return True
 
     @property
     def is_active(self) -> bool:
-        """Whether the configured values perturb attention."""
-        return self.scheduled_value > 0 and self.can_act
+        """Whether the configured setting perturbs attention in some layer."""
+        return self.can_act and any(number > 0 for number in numbers_of(self.profile))
+
+    def acts_at(self, place: Place) -> bool:
+        """Returns whether the configured setting perturbs an attention module."""
+        return self.selects(place) and self.can_act and any(number > 0 for number in numbers_of(self.value_at(place)))
 
     @property
     def summary(self) -> str:
@@ -140,7 +176,7 @@ class Perturbation(Method):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the variant and its settings as plain JSON types."""
-        return {"variant": self.variant, **super().to_dict()}
+        return {"variant": self.variant, **super().to_dict(), self.scheduled: to_plain(self.profile)}
 
     @classmethod
     def from_dict(cls, values: Any) -> Any:
@@ -159,7 +195,7 @@ def check_selection(owner: str, key: str, selections: Iterable[tuple[Place, Sequ
         selections: places of the attention modules that the entry governs, each with its methods.
 
     Raises:
-        ValueError: if a layer exists in no stack, or if a method selects no module.
+        ValueError: if a layer exists in no stack, a method selects no module, or a setting has no value for one.
     """
     places: dict[Method, list[Place]] = {}
     for place, methods in selections:
@@ -174,6 +210,9 @@ def check_selection(owner: str, key: str, selections: Iterable[tuple[Place, Sequ
                     "parts that run the method count. Layers count from 0 within each stack, or from the end if "
                     f"negative; the stacks are {lengths}."
                 )
+        for place in filter(method.selects, candidates):
+            if isinstance(method, Perturbation):
+                method.check_place(place)
         if not any(method.selects(place) for place in candidates):
             kinds = sorted({place.kind for place in candidates})
             selected = list(getattr(method, "attentions", ATTENTION_KINDS))

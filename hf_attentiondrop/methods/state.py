@@ -1,9 +1,10 @@
-"""The state of an attention module: its governing config, perturbations, scheduled values and number of calls."""
+"""The state of an attention module: its governing config, perturbations, their current values and number of calls."""
 
 import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 from weakref import ReferenceType, WeakSet
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention.call import SDPA
 from ..attention.modules import Place
 from .method import ATTENTION_DROP_KEY, Perturbation
+from .profile import Value
 
 
 # The modules that each config governs, so that an assignment to its entry takes effect in them.
@@ -36,7 +38,8 @@ class ModuleState:
         place: kind and layer of the module.
         calls: number of perturbed attention calls.
         base: attention implementation that computes the base attention.
-        scheduled: scheduled values by variant.
+        factor: the factor of a schedule on the configured values, in [0, 1]; `None` without a schedule.
+        gains: factors on the values of each head, float64 `(H,)`, from an adaptive strength; `None` without one.
         governor: weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
         owner: class of the whole model.
         peers: states of all modules of that model that run an implementation of this package, including this one; a
@@ -55,7 +58,8 @@ class ModuleState:
     place: Place
     calls: Tensor = field(default_factory=lambda: _number(torch.int64))
     base: str = SDPA
-    scheduled: dict[str, float] = field(default_factory=dict)
+    factor: float | None = None
+    gains: Tensor | None = None
     governor: "ReferenceType[PreTrainedModel] | None" = None
     owner: str = ""
     peers: "list[ModuleState]" = field(default_factory=list, repr=False)
@@ -91,38 +95,45 @@ class ModuleState:
         return self.config.__dict__.get(ATTENTION_DROP_KEY) is not None
 
     def configure(self, perturbations: Sequence[Perturbation]) -> None:
-        """Sets the configured perturbations and resets scheduled values."""
+        """Sets the configured perturbations, without a schedule or gains."""
         self.perturbations = tuple(perturbations)
-        self.schedule({})
+        self.scale(None)
 
-    def schedule(self, values: Mapping[str, float]) -> None:
-        """Sets the scheduled values of some variants and resets those of the others."""
-        self.scheduled = dict(values)
+    def scale(self, factor: float | None, gains: Tensor | None = None) -> None:
+        """Scales the configured values, by a factor and by one gain per head; `None` stands for 1."""
+        self.factor, self.gains = factor, gains
+        acting = [perturbation for perturbation in self.perturbations if perturbation.acts_at(self.place)]
+        values = [self._scaled(perturbation.value_at(self.place)) for perturbation in acting]
         # A compiled model recompiles for new tensors, so fill existing ones.
-        self._values.extend(_number(torch.float64) for _ in self.perturbations[len(self._values) :])
-        for perturbation, value in zip(self.perturbations, self._values, strict=False):
-            value.fill_(self.scheduled.get(perturbation.variant, perturbation.scheduled_value))
-        self.active = tuple(
-            (perturbation, value)
-            for perturbation, value in zip(self.perturbations, self._values, strict=False)
-            if perturbation.selects(self.place) and self._is_active(perturbation)
-        )
+        self._values = [
+            value if previous is None or previous.shape != value.shape else previous.copy_(value)
+            for previous, value in zip_longest(self._values[: len(values)], values)
+        ]
+        self.active = tuple(zip(acting, self._values, strict=True))
 
-    def _is_active(self, perturbation: Perturbation) -> bool:
-        # Stay active at a scheduled zero: otherwise a compiled model would recompile from and to 0.
-        is_scheduled = perturbation.variant in self.scheduled
-        return perturbation.can_act if is_scheduled else perturbation.is_active
+    def _scaled(self, value: Value) -> Tensor:
+        scaled = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if self.gains is not None:
+            scaled = scaled * self.gains
+        if self.factor is not None:
+            scaled = scaled * self.factor
+        return scaled
 
     @property
-    def values(self) -> list[float]:
-        """The current scheduled values of all perturbations."""
-        return [value.item() for value in self._values[: len(self.perturbations)]]
+    def is_scaled(self) -> bool:
+        """Whether a schedule or an adaptive strength is in effect."""
+        return self.factor is not None or self.gains is not None
 
-    def restore(self, attributes: Mapping[str, Any], values: Iterable[float]) -> None:
+    @property
+    def values(self) -> list[Value]:
+        """The current values of the active perturbations, a tuple for one per head."""
+        plain = [value.tolist() for value in self._values]
+        return [tuple(value) if isinstance(value, list) else value for value in plain]
+
+    def restore(self, attributes: Mapping[str, Any]) -> None:
         """Restores an earlier state, see [`~integration.switching.all_or_nothing`]."""
         self.__dict__.update(attributes)
-        for tensor, value in zip(self._values, values, strict=False):
-            tensor.fill_(value)
+        self.scale(self.factor, self.gains)
 
 
 def states_of(configs: Iterable[PreTrainedConfig]) -> Iterator[ModuleState]:

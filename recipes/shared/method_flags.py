@@ -19,6 +19,8 @@ SETTING_NAMES = sorted(
     dict.fromkeys(name for names in SETTINGS.values() for name in names),
     key=lambda name: all(name in names for names in SETTINGS.values()),
 )
+# Settings that may differ between layers and heads.
+PROFILES = tuple(dict.fromkeys(method.scheduled for method in PERTURBATIONS.values()))
 # Flags that describe a single perturbation, as opposed to --attention_drop.
 SINGLE_METHOD_FLAGS = ("variant", *SETTING_NAMES)
 EXAMPLE = "[{variant: hard, p: 0.1}, {variant: blur, sigma_max: 0.5}]"
@@ -47,7 +49,8 @@ def add_method_flags(parser: ArgumentParser) -> None:
     for name in SETTING_NAMES:
         methods = {variant: method for variant, method in PERTURBATIONS.items() if name in SETTINGS[variant]}
         hint = get_type_hints(next(iter(methods.values())))[name]
-        group.add_argument(f"--{name}", default=SUPPRESS, help=describe_setting(name, methods), **_options(hint))
+        options = {"type": profile, "metavar": "YAML"} if name in PROFILES else _options(hint)
+        group.add_argument(f"--{name}", default=SUPPRESS, help=describe_setting(name, methods), **options)
 
 
 def perturbation_entry(text: str) -> dict[str, Any] | list[dict[str, Any]]:
@@ -68,6 +71,26 @@ def perturbation_entry(text: str) -> dict[str, Any] | list[dict[str, Any]]:
     if not all(isinstance(item, dict) for item in (entry if isinstance(entry, list) else [entry])):
         raise ArgumentTypeError(f"expected a YAML mapping or a list of mappings such as '{EXAMPLE}', got {text!r}.")
     return entry
+
+
+def profile(text: str) -> float | list[Any] | dict[str, Any]:
+    """Parses a setting that may differ between layers and heads: a number, or a YAML list or mapping.
+
+    Raises:
+        ArgumentTypeError: if it is none of them.
+
+    Example:
+
+    >>> profile("0.2"), profile("{from: 0.2, to: 0.0}")
+    (0.2, {'from': 0.2, 'to': 0.0})
+    """
+    try:
+        parsed = yaml.safe_load(text)
+        return parsed if isinstance(parsed, (list, dict)) else float(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ArgumentTypeError(
+            f"expected a number, a YAML list of numbers, or a mapping such as '{{from: 0.2, to: 0.0}}', got {text!r}."
+        ) from error
 
 
 def number(text: str) -> int | float:

@@ -18,14 +18,14 @@ from hf_attentiondrop.evaluation.hub_access import offline_if_cut_off
 from hf_attentiondrop.integration.config_entries import to_entry
 
 from .attention import LIST_FLAG, attention_options, settings_left_out
-from .method_flags import add_method_flags
+from .method_flags import PROFILES, add_method_flags
 
 
 # Raised by transformers, datasets and torch for a wrong path, name or value.
 BAD_INPUT_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 NOT_GIVEN = object()
 # Flags whose values are YAML, on the command line too.
-YAML_FLAGS = (LIST_FLAG, "attention_reweighting")
+YAML_FLAGS = (LIST_FLAG, "attention_reweighting", *PROFILES)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

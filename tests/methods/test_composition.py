@@ -1,6 +1,7 @@
 """Lists of perturbations: the first one wraps the others, in attention calls and in whole models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hf_attentiondrop import (
     HardMasking,
     configure,
     report,
-    set_scheduled_value,
+    scale_attention_drop,
 )
 from hf_attentiondrop.integration.functions import attention_drop_forward
 from hf_attentiondrop.methods import hard, long_sequences
@@ -109,34 +110,15 @@ def test_one_invalid_method_raises_for_the_whole_list(methods: list, error: type
     assert {row.applied for row in report(model).rows} == {"hard p=0.3 k=5 fill=mask"}
 
 
-def test_a_schedule_names_the_variant() -> None:
-    model = build("bert", attention_drop=[HARD, DROPHEAD])
-    with pytest.raises(ValueError, match="expected a dict of variant to value, got 0.2.*drophead and hard"):
-        set_scheduled_value(model, 0.2)
-    with pytest.raises(ValueError, match="'blur' perturbs no module.*drophead, hard"):
-        set_scheduled_value(model, {"blur": 0.2})
-    with pytest.raises(ValueError, match="`p` must be a probability"):
-        set_scheduled_value(model, {"hard": 1.5})
-    set_scheduled_value(model, {"hard": 0.25})
-    assert {tuple(row.scheduled.items()) for row in report(model).rows} == {(("hard", 0.25),)}
-    states = [module.attention_drop_state for module in model.modules() if hasattr(module, "attention_drop_state")]
-    assert [state.values for state in states] == [[0.25, 0.5], [0.25, 0.5]]
-    assert model.config.attention_drop == (HARD, DROPHEAD)
-    set_scheduled_value(model, None)
-    assert [state.values for state in states] == [[0.5, 0.5], [0.5, 0.5]]
-
-
-def test_a_schedule_of_several_values_of_one_variant_raises() -> None:
-    model = build("bert", attention_drop=[{"p": 0.1, "layers": [0]}, {"p": 0.3, "layers": [1]}])
-    with pytest.raises(ValueError, match=r"one configured value of 'hard', got \[0.1, 0.3\] in a list"):
-        set_scheduled_value(model, 0.05)
-    assert not any(row.scheduled for row in report(model).rows)
-
-
-def test_report_names_the_variant_of_a_scheduled_value() -> None:
-    model = build("bert", attention_drop=[HARD, DROPHEAD])
-    set_scheduled_value(model, {"hard": 0.25})
-    assert "drophead p=0.5 (now hard 0.25)" in str(report(model))
+def test_a_schedule_scales_every_perturbation_of_a_list() -> None:
+    entries = [{"p": 0.1, "layers": [0]}, {"p": 0.3, "layers": [1]}, replace(DROPHEAD, layers=(1,))]
+    model = build("bert", attention_drop=entries)
+    scale_attention_drop(model, 0.5)
+    assert [row.current for row in report(model).rows] == [(0.05,), (0.15, 0.25)]
+    assert "drophead p=0.5 (now 0.15, 0.25)" in str(report(model))
+    assert model.config.attention_drop[1].p == 0.3
+    scale_attention_drop(model, None)
+    assert [row.current for row in report(model).rows] == [(), ()]
 
 
 def test_a_list_compiles_in_one_graph_whatever_its_values() -> None:
@@ -144,8 +126,8 @@ def test_a_list_compiles_in_one_graph_whatever_its_values() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for values in ({"hard": 0.2}, {"hard": 0.9, "blur": 0.5}, {"drophead": 0.0}):
-        set_scheduled_value(model, values)
+    for factor in (0.2, 0.9, 0.0):
+        scale_attention_drop(model, factor)
         losses = []
         for run in (model, compiled):
             torch.manual_seed(0)

@@ -46,7 +46,8 @@ def dropkey_attention(
         value: `(B, Hkv, K, Dv)`.
         mask: boolean (true = may attend) or additive, `(B|1, H|1, Q|1, K)`, see [`visible_keys`]; `None` leaves
             causality alone to decide.
-        p: drop probability in [0, 1]; a number or a tensor `()`, which can change without recompilation.
+        p: drop probability in [0, 1]; a number or a tensor `()`, which can change without recompilation; or
+            `(H, 1, 1)` for one per head.
         axis: `"score"` draws for every query and key, with `p` rounded to multiples of 2^-16; `"column"` once per key,
             sample and head for all queries, with the random numbers of [`sample_key_mask`].
         is_causal: without a mask, query `i` sees keys `0..i`.
@@ -147,14 +148,19 @@ def _empty_gradients(
 
 def _drop_keys(p: Tensor, columns: Tensor | None) -> Perturb:
     """Masks the scores of dropped keys; equal seeds, or equal numbers of the columns, drop equal keys."""
-    probability = p.item()
-    num_dropped = round(probability * 2**16)  # of 2**16 words
+    num_dropped = (p * 2**16).round().int()  # of 2**16 words
+    drops_any = bool(num_dropped.any())
 
     def drop_scores(block: Block, scores: Tensor) -> None:
-        if num_dropped == 0:
+        if not drops_any:
             return
         # int16 spans [-2**15, 2**15). Unlike masked_fill_, float arithmetic is vectorized.
-        dropped = torch.le(block.random_words(), num_dropped - 2**15 - 1, out=block.buffer(1))
+        limit, words, dropped = num_dropped - 2**15 - 1, block.random_words(), block.buffer(1)
+        if p.dim() == 0:
+            torch.le(words, limit.item(), out=dropped)
+        else:
+            limit = limit[block.heads]
+            torch.le(_by_head(words, len(limit)), limit, out=_by_head(dropped, len(limit)))
         loses_all = _mask(scores, dropped)
         if loses_all.any():
             lost = scores[loses_all]
@@ -162,12 +168,18 @@ def _drop_keys(p: Tensor, columns: Tensor | None) -> Perturb:
 
     def drop_columns(columns: Tensor, block: Block, scores: Tensor) -> None:
         numbers = columns[block.sample, block.heads, :, block.keys]  # (heads, 1, keys)
-        by_head = scores.view(len(numbers), -1, scores.shape[-1])
-        loses_all = _mask(by_head, (numbers < probability).to(scores.dtype))
+        by_head = _by_head(scores, len(numbers))
+        dropped = numbers < (p if p.dim() == 0 else p[block.heads])
+        loses_all = _mask(by_head, dropped.to(scores.dtype))
         if loses_all.any():
             by_head[loses_all] = _keep_highest(by_head[loses_all], numbers.expand_as(by_head)[loses_all])
 
     return drop_scores if columns is None else partial(drop_columns, columns)
+
+
+def _by_head(scores: Tensor, num_heads: int) -> Tensor:
+    """A view `(heads, queries, keys)` of a block's `(kv_heads, rows, keys)`."""
+    return scores.view(num_heads, -1, scores.shape[-1])
 
 
 def _mask(scores: Tensor, dropped: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def sample_dropped_bits(
     Args:
         shape: shape of the scores, `(B, H, Q, K)`.
         visible: boolean `(B|1, H|1, Q|1, K)`, or `None` for all.
-        p: drop probability in [0, 1], rounded to multiples of 2^-16; a number or a tensor `()`.
+        p: drop probability in [0, 1], rounded to multiples of 2^-16; a number or a tensor `()`, or `(H, 1, 1)` for
+            one per head.
         is_causal: without `visible`, query `i` sees keys `0..i`.
         device: device of the result.
 

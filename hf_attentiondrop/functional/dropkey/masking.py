@@ -25,7 +25,7 @@ def sample_key_mask(
         shape: shape of the scores, `(B, H, Q, K)`.
         mask: boolean (true = may attend) or additive, `(B|1, H|1, Q|1, K)`, see [`~functional.visible_keys`]; `None`
             leaves causality alone to decide.
-        p: drop probability in [0, 1], a number or a tensor `()`.
+        p: drop probability in [0, 1], a number or a tensor `()`, or `(H, 1, 1)` for one per head.
         axis: `"score"` draws for every query and key, `"column"` once per key, sample and head for all queries.
         is_causal: without a mask, query `i` sees keys `0..i`.
         device: device of the result.

@@ -50,7 +50,7 @@ def sample_masked_ranks(
     Args:
         shape: shape of the scores, `(B, H, Q, K)`.
         num_visible: number of visible keys of each query, `(B|1, H|1, Q|1, 1)`; `None` if all are visible.
-        p: mask probability in [0, 1].
+        p: mask probability in [0, 1]; a tensor `(H, 1, 1)` for one per head.
         k: number of candidates in a row, at least 1; below 1, the fraction of the row's visible keys, rounded up.
         fill: with `"mask"` a row that would lose every visible key keeps one of them, drawn uniformly.
         device: device of the result.
