@@ -38,24 +38,31 @@ if TYPE_CHECKING:
         ConsistencyArguments,
     )
     from .training.losses import consistency_loss
+    from .training.schedule import AttentionDropSchedule, ScheduleArguments
+    from .training.schedule_callback import AttentionDropScheduleCallback
     from .training.trainer import AttentionDropSeq2SeqTrainer, AttentionDropTrainer, ConsistencyTrainerMixin
 
 register()
 
 # Imported on first access, because a custom training loop does not need the Trainer and its dependencies.
 _LAZY = {
+    "AttentionDropSchedule": "training.schedule",
+    "AttentionDropScheduleCallback": "training.schedule_callback",
     "AttentionDropSeq2SeqTrainer": "training.trainer",
     "AttentionDropSeq2SeqTrainingArguments": "training.arguments",
     "AttentionDropTrainer": "training.trainer",
     "AttentionDropTrainingArguments": "training.arguments",
     "ConsistencyArguments": "training.arguments",
     "ConsistencyTrainerMixin": "training.trainer",
+    "ScheduleArguments": "training.schedule",
     "consistency_loss": "training.losses",
 }
 
 __all__ = [
     "AffineScaledConfig",
     "AttentionDropConfig",
+    "AttentionDropSchedule",
+    "AttentionDropScheduleCallback",
     "AttentionDropSeq2SeqTrainer",
     "AttentionDropSeq2SeqTrainingArguments",
     "AttentionDropTrainer",
@@ -69,6 +76,7 @@ __all__ = [
     "GatedAttentionConfig",
     "HardMasking",
     "Report",
+    "ScheduleArguments",
     "__version__",
     "apply_dropconnect",
     "configure",
@@ -83,7 +91,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _LAZY[name] != "training.losses" and importlib.util.find_spec("accelerate") is None:
+    if _LAZY[name] not in ("training.losses", "training.schedule") and importlib.util.find_spec("accelerate") is None:
         raise ImportError(
             f"{name} builds on Transformers' Trainer, which needs accelerate. Install it with: pip install accelerate"
         )

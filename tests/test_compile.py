@@ -18,7 +18,7 @@ from .models import build, enable_checkpointing, inputs, require_one_graph
 DROPS = examples()
 
 
-# One case per mechanism: a score matrix, blocks, a changed scheduled value, and checkpointing.
+# One case per mechanism: a score matrix, blocks, a changed factor, and checkpointing.
 pytestmark = pytest.mark.quick(
     "test_training_compiles_in_one_graph_and_counts[llama-hard_mask]",
     "test_training_compiles_in_one_graph_and_counts[vit-hard_zero]",

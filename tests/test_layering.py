@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "configure": {"attention", "integration", "methods", "validation"},
     "report": {"attention", "integration", "methods"},
     "hub": {"attention", "methods", "report"},
-    "training": {"attention", "functional", "hub", "integration", "methods", "validation"},
+    "training": {"attention", "configure", "functional", "hub", "integration", "methods", "validation"},
     "evaluation": {"attention", "integration", "validation"},
     "cli": {"attention", "evaluation", "hub", "integration", "methods", "report", "version"},
 }

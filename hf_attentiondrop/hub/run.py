@@ -26,7 +26,7 @@ from ..attention.dropout import dropout_of
 from ..attention.modules import attention_modules
 from ..attention.parts import transformers_model
 from ..methods.card import MethodCard
-from ..methods.method import Perturbation
+from ..methods.method import SCHEDULE_KEY, Perturbation
 from ..report import report
 from .content import CardContent, Data
 
@@ -173,8 +173,12 @@ def _methods_of_model(model: PreTrainedModel) -> Iterator[MethodCard]:
                 if perturbation.acts_at(state.place):
                     # The implementation may have been switched on, or off, after the training; the counter tells.
                     perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
+    schedule = getattr(model.config, SCHEDULE_KEY, None)
     for perturbation, was_applied in perturbations.items():
-        yield from perturbation.cards() if was_applied else map(_as_configured, perturbation.cards())
+        for card in perturbation.cards():
+            if not was_applied:
+                card = _as_configured(card)
+            yield card if schedule is None else _as_scheduled(card, perturbation.scheduled, schedule)
     for method in dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting):
         yield from method.cards()
 
@@ -183,6 +187,13 @@ def _as_configured(card: MethodCard) -> MethodCard:
     """Returns the card of a method that the config names, whether or not the model was trained with it."""
     text = "The model's config names this method; whether its weights were trained with it is not recorded. "
     return replace(card, name=f"{card.name} (configured)", text=text + card.text, tag=None)
+
+
+def _as_scheduled(card: MethodCard, scheduled: str, schedule: Mapping[str, Any]) -> MethodCard:
+    """Returns the card of a method whose configured values were scaled over the training."""
+    text = f"{card.text} The schedule scaled `{scheduled}` over the training, up to the value below."
+    details = ", ".join(f"{name} {value}" for name, value in schedule.items() if name != "shape")
+    return replace(card, text=text, settings={**card.settings, "schedule": f"{schedule.get('shape')} ({details})"})
 
 
 def _hub_id(config: PreTrainedConfig) -> str | None:

@@ -15,6 +15,8 @@ from .profile import EXAMPLES, Profile, Value, check_place, is_profile, numbers_
 
 
 ATTENTION_DROP_KEY = "attention_drop"
+# The entry of config.json that describes the schedule of the training; nothing reads it but model cards.
+SCHEDULE_KEY = "attention_drop_schedule"
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .losses import DIVERGENCES
+from .schedule import ScheduleArguments
 
 
 @dataclass
@@ -70,13 +71,14 @@ class ConsistencyArguments:
 
 
 @dataclass
-class AttentionDropTrainingArguments(ConsistencyArguments, TrainingArguments):
-    """[`~transformers.TrainingArguments`] with the fields of [`ConsistencyArguments`]."""
+class AttentionDropTrainingArguments(ConsistencyArguments, ScheduleArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the fields of [`ConsistencyArguments`] and [`ScheduleArguments`]."""
 
 
 @dataclass
-class AttentionDropSeq2SeqTrainingArguments(ConsistencyArguments, Seq2SeqTrainingArguments):
-    """[`~transformers.Seq2SeqTrainingArguments`] with the fields of [`ConsistencyArguments`]."""
+class AttentionDropSeq2SeqTrainingArguments(ConsistencyArguments, ScheduleArguments, Seq2SeqTrainingArguments):
+    """[`~transformers.Seq2SeqTrainingArguments`] with the fields of [`ConsistencyArguments`] and
+    [`ScheduleArguments`]."""
 
 
 CONSISTENCY_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConsistencyArguments)}

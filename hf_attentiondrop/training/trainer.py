@@ -20,6 +20,7 @@ from .checks import check_trainer, warn_without_method, warn_without_randomness
 from .dropconnect import dropconnect_card, dropconnect_of
 from .losses import NO_DIVERGENCE
 from .outputs import ForwardRecorder
+from .schedule_callback import ScheduleMixin
 
 
 if TYPE_CHECKING:
@@ -225,13 +226,15 @@ class ConsistencyTrainerMixin(TrainerBase):
                 warn_without_randomness(self._core_model)
 
 
-class AttentionDropTrainer(ConsistencyTrainerMixin, ModelCardMixin, Trainer):
+class AttentionDropTrainer(ConsistencyTrainerMixin, ScheduleMixin, ModelCardMixin, Trainer):
     """[`~transformers.Trainer`] that writes the model card of this package, see
-    [`~hf_attentiondrop.hub.ModelCardMixin`], and adds the consistency term if `consistency_weight` > 0, see
+    [`~hf_attentiondrop.hub.ModelCardMixin`], runs the schedule of its arguments, see
+    [`~training.schedule.ScheduleArguments`], and adds the consistency term if `consistency_weight` > 0, see
     [`ConsistencyTrainerMixin`]."""
 
 
-class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, ModelCardMixin, Seq2SeqTrainer):
+class AttentionDropSeq2SeqTrainer(ConsistencyTrainerMixin, ScheduleMixin, ModelCardMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] that writes the model card of this package, see
-    [`~hf_attentiondrop.hub.ModelCardMixin`], and adds the consistency term if `consistency_weight` > 0, see
+    [`~hf_attentiondrop.hub.ModelCardMixin`], runs the schedule of its arguments, see
+    [`~training.schedule.ScheduleArguments`], and adds the consistency term if `consistency_weight` > 0, see
     [`ConsistencyTrainerMixin`]."""

@@ -1,0 +1,119 @@
+"""A callback that runs a schedule of perturbations in any Trainer."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..attention.parts import configs_of, transformers_models
+from ..configure import scale_attention_drop
+from ..methods.method import SCHEDULE_KEY
+from .schedule import AttentionDropSchedule, schedule_of
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
+
+FACTOR = "attention_drop_factor"
+
+
+class ScheduleMixin(TrainerBase):
+    """Runs the schedule of the training arguments, see [`~training.schedule.ScheduleArguments`]."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Before the callbacks that report to other tools, so that these see the factor in the logs.
+        self.callback_handler.callbacks.insert(0, AttentionDropScheduleCallback())
+
+
+class AttentionDropScheduleCallback(TrainerCallback):
+    """Runs a schedule in any [`~transformers.Trainer`].
+
+    The factor depends only on the global step, so that a resumed training continues exactly. It is logged as
+    `attention_drop_factor` along with the loss. `config.json` keeps the configured values, and names the schedule in
+    the entry `attention_drop_schedule`; a training without a schedule removes the entry.
+
+    Args:
+        schedule ([`AttentionDropSchedule`] or `str`, *optional*):
+            The schedule or its shape; by default that of the training arguments. [`AttentionDropTrainer`] has such a
+            callback already.
+
+    Raises:
+        ValueError: at the start of a training, if no part of the model is perturbed.
+
+    Example:
+
+    ```python
+    trainer = Trainer(model, args, callbacks=[AttentionDropScheduleCallback("linear_up")], ...)
+    ```
+    """
+
+    def __init__(self, schedule: AttentionDropSchedule | str | None = None) -> None:
+        self.given = AttentionDropSchedule(schedule) if isinstance(schedule, str) else schedule
+        self.schedule = self.given or AttentionDropSchedule()
+        self.factor: float | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        of_arguments = schedule_of(args)
+        if self.given is not None and of_arguments.shape != "constant":
+            raise ValueError(
+                f"The training arguments have the schedule {of_arguments.name!r}, and a callback has "
+                f"{self.given.name!r}: one would undo the other. Use one of them."
+            )
+        self.schedule = self.given or of_arguments
+        is_constant = self.schedule.shape == "constant"
+        if not is_constant:
+            self._scale(model, self.schedule.factor(state.global_step, state.max_steps))
+        for base in transformers_models(model).values():
+            for config in configs_of(base.config):
+                config.__dict__.pop(SCHEDULE_KEY, None)
+            if not is_constant:
+                setattr(base.config, SCHEDULE_KEY, self.schedule.record(state.max_steps))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.schedule.shape != "constant":
+            self._scale(model, self.schedule.factor(state.global_step, state.max_steps))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.factor is not None and logs is not None and "loss" in logs:
+            # The Trainer has already copied the logs to the history.
+            for entry in (logs, state.log_history[-1]):
+                entry[FACTOR] = self.factor
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.factor is not None:
+            self._scale(model, None)
+
+    def _scale(self, model: nn.Module | None, factor: float | None) -> None:
+        scale_attention_drop(model, factor)
+        self.factor = factor
