@@ -32,6 +32,7 @@ from .training.dropconnect import apply_dropconnect, dropconnect_of  # noqa: E40
 
 
 if TYPE_CHECKING:
+    from .training.adaptive import AdaptiveStrengthCallback
     from .training.arguments import (
         AttentionDropSeq2SeqTrainingArguments,
         AttentionDropTrainingArguments,
@@ -46,6 +47,7 @@ register()
 
 # Imported on first access, because a custom training loop does not need the Trainer and its dependencies.
 _LAZY = {
+    "AdaptiveStrengthCallback": "training.adaptive",
     "AttentionDropSchedule": "training.schedule",
     "AttentionDropScheduleCallback": "training.schedule_callback",
     "AttentionDropSeq2SeqTrainer": "training.trainer",
@@ -59,6 +61,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdaptiveStrengthCallback",
     "AffineScaledConfig",
     "AttentionDropConfig",
     "AttentionDropSchedule",

@@ -15,7 +15,7 @@ from .integration.config_entries import accept_given_entries
 from .integration.functions import ATTENTION_DROP, check_perturbed, is_perturbable
 from .integration.implementations import FUNCTIONS, place_running, running_modules
 from .integration.switching import all_or_nothing
-from .methods.method import ATTENTION_DROP_KEY, SCHEDULE_KEY, Perturbation
+from .methods.method import ADAPTIVE_KEY, ATTENTION_DROP_KEY, SCHEDULE_KEY, Perturbation
 from .methods.parsing import PerturbationLike, perturbations_from
 from .methods.state import ModuleState
 from .validation import is_number
@@ -66,7 +66,8 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
             modules = place_running(base)
             base.config.attention_drop = attention_drop
             check_perturbed(modules)
-            base.config.__dict__.pop(SCHEDULE_KEY, None)
+            for key in (SCHEDULE_KEY, ADAPTIVE_KEY):
+                base.config.__dict__.pop(key, None)
         accept_given_entries(configs)
     if not isinstance(attention_drop, (list, tuple)):
         # The class of an object names its variant.

@@ -19,6 +19,7 @@ FLAGS = """
     --max_steps 20 --save_strategy steps --save_steps 3 --save_total_limit 9 --logging_steps 1 --eval_strategy no
     --max_train_samples 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --max_eval_samples 8
     --disable_tqdm true --consistency_weight 0.5 --num_hidden_layers 2 --attention_drop_schedule v_shaped
+    --attention_drop_target_entropy 0.5 --attention_drop_adaptive_interval 2
 """.split()
 STATE_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 # Runs a script that kills itself after creating a file, before writing to it.

@@ -140,7 +140,7 @@ def test_the_trainer_runs_the_schedule_of_its_arguments(shape: Any, tmp_path: Pa
     assert json.loads(trainer.args.to_json_string())["attention_drop_schedule"] == name
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert f"| `schedule` | {name} (start 0, end 4, " in card and "{'from': 0.4, 'to': 0.2}" in card
+    assert f"| `schedule` | shape {name}, start 0, end 4, " in card and "{'from': 0.4, 'to': 0.2}" in card
 
     configure(trainer.model, {"p": 0.1})
     assert not hasattr(trainer.model.config, "attention_drop_schedule")

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hf_attentiondrop.training.adaptive import mean_over_processes
+
 from . import consistency_tasks, reweighting_processes
 
 
@@ -19,3 +21,5 @@ if __name__ == "__main__":
     # The trainers have initialized the process group.
     rank = dist.get_rank()
     torch.save(reweighting_processes.steps(rank, dist.get_world_size()), folder / f"reweighting.{rank}.pt")
+    entropy = torch.tensor([0.2 + 0.2 * rank, torch.nan if rank else 0.5, torch.nan])
+    torch.save(mean_over_processes(entropy), folder / f"entropy.{rank}.pt")

@@ -26,7 +26,7 @@ from ..attention.dropout import dropout_of
 from ..attention.modules import attention_modules
 from ..attention.parts import transformers_model
 from ..methods.card import MethodCard
-from ..methods.method import SCHEDULE_KEY, Perturbation
+from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY, Perturbation
 from ..report import report
 from .content import CardContent, Data
 
@@ -37,6 +37,8 @@ AUTO_CLASSES = {
     FeatureExtractionMixin: "AutoFeatureExtractor",
     ProcessorMixin: "AutoProcessor",
 }
+# Entries of the config that describe how a training varied the values of perturbations.
+RECORDS = {SCHEDULE_KEY: "schedule", ADAPTIVE_KEY: "adaptive strength"}
 PACKAGES = ("hf_attentiondrop", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 
 
@@ -173,12 +175,12 @@ def _methods_of_model(model: PreTrainedModel) -> Iterator[MethodCard]:
                 if perturbation.acts_at(state.place):
                     # The implementation may have been switched on, or off, after the training; the counter tells.
                     perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
-    schedule = getattr(model.config, SCHEDULE_KEY, None)
+    records = {name: getattr(model.config, key, None) for key, name in RECORDS.items()}
     for perturbation, was_applied in perturbations.items():
         for card in perturbation.cards():
             if not was_applied:
                 card = _as_configured(card)
-            yield card if schedule is None else _as_scheduled(card, perturbation.scheduled, schedule)
+            yield _as_scheduled(card, perturbation.scheduled, records)
     for method in dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting):
         yield from method.cards()
 
@@ -189,11 +191,14 @@ def _as_configured(card: MethodCard) -> MethodCard:
     return replace(card, name=f"{card.name} (configured)", text=text + card.text, tag=None)
 
 
-def _as_scheduled(card: MethodCard, scheduled: str, schedule: Mapping[str, Any]) -> MethodCard:
-    """Returns the card of a method whose configured values were scaled over the training."""
-    text = f"{card.text} The schedule scaled `{scheduled}` over the training, up to the value below."
-    details = ", ".join(f"{name} {value}" for name, value in schedule.items() if name != "shape")
-    return replace(card, text=text, settings={**card.settings, "schedule": f"{schedule.get('shape')} ({details})"})
+def _as_scheduled(card: MethodCard, scheduled: str, records: Mapping[str, Mapping[str, Any] | None]) -> MethodCard:
+    """Returns the card of a method with what the config says about how the training varied its values."""
+    found = {name: record for name, record in records.items() if record}
+    if not found:
+        return card
+    text = f"{card.text} The training varied `{scheduled}`, up to the value below: {' and '.join(found)}."
+    shown = {name: ", ".join(f"{key} {value}" for key, value in record.items()) for name, record in found.items()}
+    return replace(card, text=text, settings={**card.settings, **shown})
 
 
 def _hub_id(config: PreTrainedConfig) -> str | None:

@@ -172,7 +172,10 @@ def _attend(
         attend = _around(learned, states, attend)
     if active:
         if not is_recomputing():
-            call.module.attention_drop_state.calls.add_(1)
+            state = call.module.attention_drop_state
+            state.calls.add_(1)
+            if state.meter is not None:
+                state.meter.measure(call)
         attend = attend_if_any_key if attend is base_attention else _for_queries_with_keys(attend)
         attend = _perturbed(attend, active, scales_output=False)
     if learned is not None and not learned.acts_on_scores:

@@ -15,8 +15,9 @@ from .profile import EXAMPLES, Profile, Value, check_place, is_profile, numbers_
 
 
 ATTENTION_DROP_KEY = "attention_drop"
-# The entry of config.json that describes the schedule of the training; nothing reads it but model cards.
+# Entries of config.json that describe how the training varied the values; nothing reads them but model cards.
 SCHEDULE_KEY = "attention_drop_schedule"
+ADAPTIVE_KEY = "attention_drop_adaptive"
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.call import SDPA
+from ..attention.entropy import EntropyMeter
 from ..attention.modules import Place
 from .method import ATTENTION_DROP_KEY, Perturbation
 from .profile import Value
@@ -40,6 +41,7 @@ class ModuleState:
         base: attention implementation that computes the base attention.
         factor: the factor of a schedule on the configured values, in [0, 1]; `None` without a schedule.
         gains: factors on the values of each head, float64 `(H,)`, from an adaptive strength; `None` without one.
+        meter: measures the entropy of the heads in the next call, for an adaptive strength.
         governor: weak reference to the Transformers model that `config` belongs to; `None` after unpickling.
         owner: class of the whole model.
         peers: states of all modules of that model that run an implementation of this package, including this one; a
@@ -60,6 +62,7 @@ class ModuleState:
     base: str = SDPA
     factor: float | None = None
     gains: Tensor | None = None
+    meter: EntropyMeter | None = None
     governor: "ReferenceType[PreTrainedModel] | None" = None
     owner: str = ""
     peers: "list[ModuleState]" = field(default_factory=list, repr=False)

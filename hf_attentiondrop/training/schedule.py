@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..methods.method import SCHEDULE_KEY
 from ..validation import Config, is_number
+from .adaptive import check_adaptive
 
 
 # The factor at a point of the schedule, from 0 at its start to 1 at its end, and the turning point of a V shape.
@@ -148,6 +149,9 @@ class ScheduleArguments:
         attention_drop_schedule_start (`float`, defaults to 0.0): See [`AttentionDropSchedule`].
         attention_drop_schedule_end (`float`, defaults to 1.0): See [`AttentionDropSchedule`].
         attention_drop_schedule_turn (`float`, defaults to 0.5): See [`AttentionDropSchedule`].
+        attention_drop_target_entropy (`float`, *optional*):
+            Turns on an adaptive strength, see [`AdaptiveStrengthCallback`].
+        attention_drop_adaptive_interval (`int`, defaults to 50): Optimizer steps between its measurements.
 
     Raises:
         ValueError: if a value is out of range or would have no effect.
@@ -167,8 +171,25 @@ class ScheduleArguments:
     attention_drop_schedule_turn: float = field(
         default=0.5, metadata={"help": "Where between start and end a v_shaped schedule reaches 0, in (0, 1)."}
     )
+    attention_drop_target_entropy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adapts p or sigma_max of each head so that the entropy of its attention, as a share of that of "
+            "uniform attention, nears this value in (0, 1)."
+        },
+    )
+    attention_drop_adaptive_interval: int = field(
+        default=50, metadata={"help": "Optimizer steps between the measurements of an adaptive strength."}
+    )
 
     def __post_init__(self) -> None:
+        if self.attention_drop_target_entropy is not None:
+            check_adaptive(self.attention_drop_target_entropy, self.attention_drop_adaptive_interval)
+        elif self.attention_drop_adaptive_interval != 50:
+            raise ValueError(
+                f"`attention_drop_adaptive_interval` is {self.attention_drop_adaptive_interval!r}, and there is no "
+                "`attention_drop_target_entropy`: it would have no effect. Set a target such as 0.5, or leave it out."
+            )
         schedule = schedule_of(self)
         if not isinstance(schedule.shape, str):
             try:

@@ -7,7 +7,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..attention.parts import configs_of, transformers_models
 from ..configure import scale_attention_drop
-from ..methods.method import SCHEDULE_KEY
+from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY
+from .adaptive import AdaptiveStrengthCallback
 from .schedule import AttentionDropSchedule, schedule_of
 
 
@@ -20,12 +21,16 @@ FACTOR = "attention_drop_factor"
 
 
 class ScheduleMixin(TrainerBase):
-    """Runs the schedule of the training arguments, see [`~training.schedule.ScheduleArguments`]."""
+    """Runs the schedule and the adaptive strength of the training arguments, see [`ScheduleArguments`]."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Before the callbacks that report to other tools, so that these see the factor in the logs.
-        self.callback_handler.callbacks.insert(0, AttentionDropScheduleCallback())
+        callbacks: list[TrainerCallback] = [AttentionDropScheduleCallback()]
+        target = getattr(self.args, "attention_drop_target_entropy", None)
+        if target is not None:
+            callbacks.append(AdaptiveStrengthCallback(target, self.args.attention_drop_adaptive_interval))
+        self.callback_handler.callbacks[:0] = callbacks
 
 
 class AttentionDropScheduleCallback(TrainerCallback):
@@ -75,7 +80,9 @@ class AttentionDropScheduleCallback(TrainerCallback):
             self._scale(model, self.schedule.factor(state.global_step, state.max_steps))
         for base in transformers_models(model).values():
             for config in configs_of(base.config):
-                config.__dict__.pop(SCHEDULE_KEY, None)
+                # The callback of a Trainer runs before others, which record what they do.
+                for key in (SCHEDULE_KEY,) if self.given else (SCHEDULE_KEY, ADAPTIVE_KEY):
+                    config.__dict__.pop(key, None)
             if not is_constant:
                 setattr(base.config, SCHEDULE_KEY, self.schedule.record(state.max_steps))
 
