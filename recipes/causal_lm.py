@@ -6,8 +6,8 @@ Without arguments, it trains a small LLaMA from scratch on Python's documentatio
 
 LoRA on a pretrained model with your own texts (csv, tsv, json, jsonl, parquet, or txt with empty lines between texts):
 
-    accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm.yaml \\
-        --use_peft --learning_rate 2e-4 --train_file notes.txt --output_dir runs/notes
+    accelerate launch recipes/causal_lm.py --config recipes/configs/causal_lm_lora.yaml \\
+        --train_file notes.txt --output_dir runs/notes
 
 All weights of a pretrained model, on a data set from the Hub:
 

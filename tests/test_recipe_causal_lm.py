@@ -234,6 +234,20 @@ def test_lora_trains_learned_attention(recipe: ModuleType, checkpoint: Path, tmp
     assert [weight.tolist() for weight in loaded] == [weight.tolist() for weight in trained.values()]
 
 
+def test_the_lora_preset_drops_columns_of_keys_and_keeps_two_passes_consistent(
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "train.txt", TEXTS)
+    flags = ["--config", str(RECIPES / "configs" / "causal_lm_lora.yaml"), "--model_name_or_path", str(checkpoint)]
+    flags += ["--train_file", str(file), *"--block_size 16 --max_steps 2 --gradient_accumulation_steps 1".split()]
+    recipe.main([*flags, "--output_dir", str(tmp_path / "lora")])
+    assert "dropkey p=0.1 axis=column; 1 of 1 modules, 2 passes" in capsys.readouterr().out
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "### DropKey" in card and "### Consistency between two passes" in card and "library_name: peft" in card
+
+
 def test_resumed_lora_run_equals_uninterrupted_run(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", TEXTS)
     flags = ["--model_name_or_path", checkpoint, "--train_file", file, "--block_size", "16", "--use_peft"]
