@@ -11,7 +11,18 @@ from ..attention.call import Attend, AttentionCall, AttentionOutput
 from ..attention.modules import ATTENTION_KINDS, Place
 from ..validation import Config, is_filled_tuple, is_integer, is_number
 from .card import MethodCard
-from .profile import EXAMPLES, Profile, Value, check_place, is_profile, numbers_of, profile_from, to_plain, value_at
+from .profile import (
+    EXAMPLES,
+    Profile,
+    Value,
+    check_place,
+    is_profile,
+    numbers_of,
+    profile_at,
+    profile_from,
+    to_plain,
+    value_at,
+)
 
 
 ATTENTION_DROP_KEY = "attention_drop"
@@ -137,8 +148,7 @@ class Perturbation(Method):
 
     def at(self, place: Place) -> Self:
         """Returns the perturbation with the scheduled setting of an attention module."""
-        value = self.value_at(place)
-        settings: dict[str, Any] = {self.scheduled: {"heads": value} if isinstance(value, tuple) else value}
+        settings: dict[str, Any] = {self.scheduled: profile_at(self.profile, place)}
         return replace(self, **settings)
 
     def check_place(self, place: Place) -> None:

@@ -25,11 +25,12 @@ class Line:
     def values(self, length: int) -> tuple[float, ...]:
         """Returns the values of `length` layers or heads; `start` if there is only one.
 
-        >>> Line(0.5, 0.0).values(3)
-        (0.5, 0.25, 0.0)
+        >>> Line(0.3, 0.0).values(4)
+        (0.3, 0.2, 0.1, 0.0)
         """
         last = max(length - 1, 1)
-        return tuple((self.start * (last - index) + self.end * index) / last for index in range(length))
+        # Rounded for the eye: 0.2 instead of 0.19999999999999998.
+        return tuple(round((self.start * (last - i) + self.end * i) / last, 12) for i in range(length))
 
     def __repr__(self) -> str:
         return repr(to_plain(self))
@@ -96,16 +97,19 @@ def numbers_of(profile: Profile) -> Iterator[float]:
         yield profile
 
 
-def value_at(profile: Profile, place: Place) -> Value:
-    """Returns the value at an attention module, see [`check_place`] for the profiles that fit."""
+def profile_at(profile: Profile, place: Place) -> float | PerHead:
+    """Returns the part of a profile for an attention module, see [`check_place`] for the profiles that fit."""
     if isinstance(profile, Line):
         return profile.values(place.num_layers)[place.layer]
-    if isinstance(profile, tuple):
-        return value_at(profile[place.layer], place)
-    if isinstance(profile, PerHead):
-        values = profile.values
-        return values.values(place.num_heads or 1) if isinstance(values, Line) else values
-    return profile
+    return profile[place.layer] if isinstance(profile, tuple) else profile
+
+
+def value_at(profile: Profile, place: Place) -> Value:
+    """Returns the value at an attention module."""
+    part = profile_at(profile, place)
+    if not isinstance(part, PerHead):
+        return part
+    return part.values.values(place.num_heads or 1) if isinstance(part.values, Line) else part.values
 
 
 def check_place(name: str, profile: Profile, place: Place) -> None:
@@ -121,17 +125,17 @@ def check_place(name: str, profile: Profile, place: Place) -> None:
                 f"has {place.num_layers} layers: layers would be without a value. A line such as "
                 "{'from': 0.2, 'to': 0.0} fits any depth; 0 leaves a layer unperturbed."
             )
-        profile = profile[place.layer]
-    if not isinstance(profile, PerHead):
+    part = profile_at(profile, place)
+    if not isinstance(part, PerHead):
         return
     if place.num_heads is None:
         raise ValueError(
             f"`{name}` has values per head, but the attention in {place.stack!r} has no attribute with its number of "
             "heads: they cannot be assigned. Use one value per layer."
         )
-    if isinstance(profile.values, tuple) and len(profile.values) != place.num_heads:
+    if isinstance(part.values, tuple) and len(part.values) != place.num_heads:
         raise ValueError(
-            f"`{name}` must have one value per head, got {len(profile.values)} values, and layer {place.layer} of "
+            f"`{name}` must have one value per head, got {len(part.values)} values, and layer {place.layer} of "
             f"{place.stack!r} has {place.num_heads} heads: heads would be without a value."
         )
 

@@ -83,7 +83,7 @@ def test_a_line_spans_each_stack() -> None:
         ("encoder_self", 0): "p=0.4",
         ("encoder_self", 1): "p=0.2",
         ("decoder_self", 0): "p=0.4",
-        ("decoder_self", 1): "p=0.30000000000000004",
+        ("decoder_self", 1): "p=0.3",
         ("decoder_self", 2): "p=0.2",
     }
 
