@@ -185,6 +185,23 @@ def test_items_without_weight_are_skipped(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_a_second_pass_of_some_rows(problem_type: str) -> None:
+    """Compared with the stacked logits of these rows: value, and gradient in the place of each row."""
+    logits, rows, weights = random_logits(5 + 2, 4), torch.tensor([3, 1]), torch.tensor([0.5, 2.0])
+    stacked = torch.cat((logits[rows], logits[5:]))
+    results = []
+    for value in (
+        consistency_loss(logits, weights, problem_type=problem_type, rows=rows),
+        consistency_loss(stacked, weights, problem_type=problem_type),
+    ):
+        results.append((value, torch.autograd.grad(value, logits)[0]))
+    torch.testing.assert_close(*results)
+    assert results[0][0] > 0
+    nothing = consistency_loss(logits[:5], rows=rows[:0], problem_type=problem_type)
+    assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
 def test_without_items_the_loss_is_zero(problem_type: str) -> None:
     logits = random_logits(8, 5)
     value = consistency_loss(logits, torch.zeros(4), problem_type=problem_type)

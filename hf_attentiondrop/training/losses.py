@@ -1,9 +1,11 @@
 """Memory-efficient divergences between two passes over the same items.
 
-The logits of the two passes come stacked on the first dimension, `(2B, ..., C)` with `C` classes: rows `0 … B-1` are
-the first pass, rows `B … 2B-1` the second one, as one forward over a concatenated batch returns them.
+The logits of the two passes come stacked on the first dimension, `(B + n, ..., C)` with `C` classes: rows `0 … B-1`
+are the first pass, rows `B … B+n-1` the second one, as one forward over a concatenated batch returns them. `n` is `B`
+if every row runs twice.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,9 +90,9 @@ DIVERGENCES: dict[str, Divergence] = {
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-def _distributions(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`p`, `q` and `d = log p - log q` of some rows of `logits` `(2, N, C)`, in float32 at least."""
-    log_probs = logits[:, rows].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _distributions(logits: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`p`, `q` and `d = log p - log q` of the pairs `(2, N)` of rows of `logits` `(rows, C)`, in float32 at least."""
+    log_probs = logits[pairs].log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     # -inf in both passes (a masked vocabulary entry) gives NaN, which becomes 0. An infinite difference becomes the
     # largest finite number: 0 times it is 0, and any other probability makes the divergence huge.
     d = (log_probs[0] - log_probs[1]).nan_to_num_(0.0)
@@ -98,34 +100,43 @@ def _distributions(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
     return p, q, d
 
 
+def _pairs(logits: Tensor, rows: Tensor | None) -> Tensor:
+    """The same items in both passes, `(2, N)`, as indices into the items of `logits` `(B + n, I, C)`."""
+    items = torch.arange(logits.shape[0] * logits.shape[1], device=logits.device).view(logits.shape[:2])
+    if rows is None:
+        return items.view(2, -1)
+    return torch.stack((items[rows], items[len(items) - len(rows) :])).flatten(1)
+
+
 def _chunks(logits: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """Indices of the rows with nonzero weight, in chunks."""
+    """Indices of the pairs with nonzero weight, in chunks."""
     size = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"]) // logits.shape[-1]
     return weights.nonzero().squeeze(-1).split(max(1, size))
 
 
 class _WeightedDivergence(torch.autograd.Function):
-    """Sum over rows of weight times divergence. Saves only the logits and allocates one buffer for their gradient."""
+    """Sum over pairs of weight times divergence. Saves only the logits and allocates one buffer for their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weights: Tensor, divergence: Divergence) -> Tensor:
-        ctx.save_for_backward(logits, weights)
+    def forward(ctx: Any, logits: Tensor, weights: Tensor, pairs: Tensor, divergence: Divergence) -> Tensor:
+        ctx.save_for_backward(logits, weights, pairs)
         ctx.divergence = divergence
         total = weights.new_zeros(())
-        for rows in _chunks(logits, weights):
-            total += (divergence.value(*_distributions(logits, rows)) * weights[rows]).sum()
+        for chunk in _chunks(logits, weights):
+            total += (divergence.value(*_distributions(logits, pairs[:, chunk])) * weights[chunk]).sum()
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        logits, weights = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, weights, pairs = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
-        for rows in _chunks(logits, weights):
-            scale = (grad_output * weights[rows]).unsqueeze(-1)
-            for half, of_half in zip(gradient, ctx.divergence.gradient(*_distributions(logits, rows)), strict=True):
-                half[rows] = of_half.mul_(scale).to(gradient.dtype)
-        return gradient, None, None
+        for chunk in _chunks(logits, weights):
+            scale = (grad_output * weights[chunk]).unsqueeze(-1)
+            both = pairs[:, chunk]
+            for rows, of_rows in zip(both, ctx.divergence.gradient(*_distributions(logits, both)), strict=True):
+                gradient[rows] = of_rows.mul_(scale).to(gradient.dtype)
+        return gradient, None, None, None
 
 
 def consistency_loss(
@@ -133,6 +144,7 @@ def consistency_loss(
     weights: Tensor | None = None,
     divergence: str = "symmetric_kl",
     problem_type: str = "single_label_classification",
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The divergence between two passes over the same items, as a weighted mean over the items.
 
@@ -142,9 +154,10 @@ def consistency_loss(
     their gradient it needs only a few megabytes.
 
     Args:
-        logits (`torch.Tensor` of shape `(2B, ..., C)`):
-            Logits of both passes, stacked on the first dimension. An entry that is -inf in both passes contributes 0.
-        weights (`torch.Tensor` of shape `(B, ...)`, *optional*):
+        logits (`torch.Tensor` of shape `(B + n, ..., C)`):
+            Logits of both passes, stacked on the first dimension: `B` rows, then the `n` rows that ran again, by
+            default all. An entry that is -inf in both passes contributes 0.
+        weights (`torch.Tensor` of shape `(n, ...)`, *optional*):
             Weight of each item, ≥ 0; a boolean mask works. Items of weight 0 are skipped, and if all weights are 0
             the result is 0. By default all items have the same weight. No gradient flows into the weights.
         divergence (`str`, defaults to `"symmetric_kl"`):
@@ -154,6 +167,8 @@ def consistency_loss(
             with a softmax. With `"multi_label_classification"` every row is an item, and the divergences of its
             independent labels are summed. With `"regression"` every row is an item, and the mean squared difference
             replaces the divergence.
+        rows (`torch.Tensor` of shape `(n,)`, *optional*):
+            Which of the `B` rows ran again, without repetition, in the order of the second pass. By default all.
 
     Returns:
         `torch.Tensor`: a scalar, float32 (float64 for float64 logits), in nats except for regression.
@@ -176,14 +191,16 @@ def consistency_loss(
         raise ValueError(f"`divergence` must be one of {tuple(DIVERGENCES)}, got {divergence!r}.")
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES}, got {problem_type!r}.")
-    if logits.dim() < 2 or logits.shape[0] % 2:
+    if logits.dim() < 2 or (rows is None and logits.shape[0] % 2):
         raise ValueError(
             f"`logits` must stack two passes as (2B, ..., C), got shape {tuple(logits.shape)}: without an even first "
-            "dimension there are no two halves to compare. Stack them with torch.cat((first, second))."
+            "dimension there are no two halves to compare. Stack them with torch.cat((first, second)), or pass the "
+            "`rows` of the second pass."
         )
-    batch_size = logits.shape[0] // 2
+    rows = None if rows is None else rows.to(logits.device)
+    repeated = logits.shape[0] // 2 if rows is None else len(rows)
     is_categorical = problem_type == "single_label_classification"
-    items = (batch_size, *logits.shape[1:-1]) if is_categorical else (batch_size,)
+    items = (repeated, *logits.shape[1:-1]) if is_categorical else (repeated,)
     if weights is None:
         weights = torch.ones(items, device=logits.device)
     if weights.shape != items:
@@ -195,11 +212,14 @@ def consistency_loss(
     weights = weights.detach().to(logits.device, dtype)
     weights = weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
     if problem_type == "regression":
-        first, second = logits.to(dtype).flatten(1).chunk(2)
+        values = logits.to(dtype).flatten(1)
+        first, second = values.chunk(2) if rows is None else (values[rows], values[len(values) - repeated :])
         return ((first - second).square().mean(-1) * weights).sum()
     if problem_type == "multi_label_classification":
         # A Bernoulli distribution with logit z is the categorical one with logits (z, 0).
         logits = torch.stack((logits, torch.zeros_like(logits)), dim=-1)
-        weights = weights.view(batch_size, *[1] * (logits.dim() - 2)).expand(batch_size, *logits.shape[1:-1])
-    rows = logits.reshape(2, -1, logits.shape[-1])
-    return _WeightedDivergence.apply(rows, weights.reshape(-1), DIVERGENCES[divergence])
+        weights = weights.view(repeated, *[1] * (logits.dim() - 2)).expand(repeated, *logits.shape[1:-1])
+    logits = logits.reshape(len(logits), math.prod(logits.shape[1:-1]), logits.shape[-1])
+    return _WeightedDivergence.apply(
+        logits.flatten(0, 1), weights.reshape(-1), _pairs(logits, rows), DIVERGENCES[divergence]
+    )
