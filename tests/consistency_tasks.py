@@ -5,7 +5,9 @@ pass. So every split of a batch into micro-batches and processes sees the same p
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from hf_attentiondrop.training.arguments import AttentionDropTrainingArguments, ConsistencyArguments
+from hf_attentiondrop.training.batch import ConsistencyBatch
 from hf_attentiondrop.training.trainer import AttentionDropTrainer
 
 from .models import VOCAB_SIZE, build
@@ -47,6 +50,8 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 TASKS = tuple(MODELS)
 SMOOTHINGS = (0.0, 0.1)
+# Tasks and label smoothings of the steps in which half of the rows run twice.
+HALF_CASES = (("classification", 0.1), ("token_classification", 0.0), ("causal_lm", 0.0), ("seq2seq", 0.1))
 
 
 def build_model(task: str, *, dropout: bool = False, **config: Any) -> PreTrainedModel:
@@ -114,13 +119,16 @@ def collator(task: str, model: PreTrainedModel | None = None) -> Callable[[list[
     return DataCollatorForSeq2Seq(tokenizer(), model=model if task == "seq2seq" else None)
 
 
-def perturb_embeddings(model: PreTrainedModel, amplitude: float = 0.5) -> None:
-    """Adds a wave to each token embedding that depends on the token and on the half of the batch."""
+def perturb_embeddings(model: PreTrainedModel, amplitude: float = 0.5, swaps_passes: bool = False) -> None:
+    """Adds a wave to each token embedding that depends on the token and on the pass: the second is that of a row that
+    occurred before in the batch."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens = args[0]
-        half = (torch.arange(len(tokens)) >= len(tokens) // 2).view(-1, 1, 1)
-        phase = (1.0 + tokens.unsqueeze(-1)) * (1.0 + torch.arange(output.shape[-1])) + 2.5 * half
+        is_second = (tokens[:, None] == tokens).all(-1).tril(-1).any(-1).view(-1, 1, 1)
+        phase = (1.0 + tokens.unsqueeze(-1)) * (1.0 + torch.arange(output.shape[-1])) + 2.5 * (
+            is_second != swaps_passes
+        )
         return output + amplitude * torch.sin(phase).to(output.dtype)
 
     for module in model.modules():
@@ -129,24 +137,33 @@ def perturb_embeddings(model: PreTrainedModel, amplitude: float = 0.5) -> None:
             module.register_forward_hook(hook)
 
 
+def longer_rows(batch: dict[str, Tensor]) -> Tensor:
+    """The longer row of each two neighbors: half of the rows, the same for every split into an even number of rows."""
+    lengths = batch["attention_mask"].sum(-1).view(-1, 2)
+    return 2 * torch.arange(len(lengths)) + lengths.argmax(-1)
+
+
 def plain_step(
-    task: str, smoothing: float = 0.0, examples: list[dict[str, Any]] | None = None
+    task: str, smoothing: float = 0.0, examples: list[dict[str, Any]] | None = None, fraction: float = 1.0
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The expected logs and gradients of one step on all rows, from the formulas."""
+    """The expected logs and gradients of one step on all rows, from the formulas. With a fraction of 0.5 the
+    `longer_rows` run twice."""
     model = build_model(task).train()
     perturb_embeddings(model)
     batch = collator(task, model)(rows(task) if examples is None else examples)
     labels = torch.as_tensor(batch.pop("labels"))
-    doubled = {name: torch.cat((value, value)) for name, value in batch.items()}
-    log_probs = model(**doubled).logits.log_softmax(-1)
+    again = torch.arange(len(labels)) if fraction == 1 else longer_rows(batch)
+    repeated = {name: torch.cat((value, value[again])) for name, value in batch.items()}
+    log_probs = model(**repeated).logits.log_softmax(-1)
     if task == "causal_lm":
         log_probs, labels = log_probs[:, :-1], labels[:, 1:]
-    task_loss = cross_entropy(
-        log_probs.flatten(0, -2), torch.cat((labels, labels)).flatten(), label_smoothing=smoothing
-    )
-    log_p, log_q = log_probs.chunk(2)
+    items = (labels != -100).sum()
+    targets = torch.cat((labels, labels[again])).flatten()
+    task_loss = cross_entropy(log_probs.flatten(0, -2), targets, label_smoothing=smoothing, reduction="sum")
+    task_loss = task_loss / ((1 + fraction) * items)
+    log_p, log_q = log_probs[again], log_probs[len(labels) :]
     divergences = 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
-    divergence = divergences[labels != -100].mean()
+    divergence = divergences[labels[again] != -100].sum() / (fraction * items)
     loss = task_loss + divergence
     loss.backward()
     logs = {"loss": loss.item(), "task_loss": task_loss.item(), "consistency_loss": divergence.item()}
@@ -227,6 +244,7 @@ def train(
     trainer_class: type[Trainer] = AttentionDropTrainer,
     arguments_class: type = AttentionDropTrainingArguments,
     trainer_kwargs: dict[str, Any] | None = None,
+    resume_from: str | None = None,
     **values: Any,
 ) -> tuple[Trainer, dict[str, Tensor]]:
     """Trains a task, by default one optimizer step on all rows; returns the trainer and the last gradients."""
@@ -246,18 +264,31 @@ def train(
         **(trainer_kwargs or {}),
     }
     trainer = trainer_class(model=model, args=arguments(output_dir, arguments_class, **values), **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     return trainer, recorder.gradients
+
+
+def _sample_longer_rows(batch: ConsistencyBatch, fraction: float) -> ConsistencyBatch:
+    return replace(batch, rows=longer_rows(batch.inputs), fraction=fraction)
+
+
+@patch.object(ConsistencyBatch, "sample_rows", _sample_longer_rows)
+def train_half(*args: Any, run: Callable[..., Any] = train, **values: Any) -> tuple[Trainer, dict[str, Tensor]]:
+    """Trains as [`train`] or another function does; the longer row of each two neighbors runs twice."""
+    trainer_kwargs = {"consistency_fraction": 0.5, **values.pop("trainer_kwargs", {})}
+    return run(*args, train_sampling_strategy="sequential", trainer_kwargs=trainer_kwargs, **values)
 
 
 def main(output: str, batch_size: str, accumulation: str) -> None:
     """Saves the gradients and logs of every task and label smoothing to a file."""
+    cases = [(train, 1.0, task, smoothing) for task in TASKS for smoothing in SMOOTHINGS]
+    cases += [(train_half, 0.5, *case) for case in HALF_CASES]
     results = {}
-    for task in TASKS:
-        for smoothing in SMOOTHINGS:
-            trainer, gradients = train(
-                task, f"{output}-runs", int(batch_size), int(accumulation), label_smoothing_factor=smoothing
-            )
-            results[task, smoothing] = trainer.accelerator.num_processes, trainer.state.log_history[0], gradients
+    for run, fraction, task, smoothing in cases:
+        trainer, gradients = run(
+            task, f"{output}-runs", int(batch_size), int(accumulation), label_smoothing_factor=smoothing
+        )
+        step = trainer.accelerator.num_processes, trainer.state.log_history[0], gradients
+        results[task, smoothing, fraction] = step
     if trainer.is_world_process_zero():
         torch.save(results, output)

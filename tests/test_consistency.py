@@ -1,5 +1,6 @@
 """The divergence averages over the items of the task loss, for every task."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hf_attentiondrop.training.alignment import LabelAlignment
-from hf_attentiondrop.training.arguments import ConsistencyArguments
+from hf_attentiondrop.training.arguments import CONSISTENCY_DEFAULTS, ConsistencyArguments
 from hf_attentiondrop.training.batch import ConsistencyBatch
 from hf_attentiondrop.training.card import DIVERGENCE_FORMULAS, consistency_card
 from hf_attentiondrop.training.checks import has_dropout
@@ -147,5 +148,72 @@ def test_every_divergence_has_a_formula_on_the_card() -> None:
     for name, formula in DIVERGENCE_FORMULAS.items():
         card = consistency_card(ConsistencyArguments(consistency_weight=0.5, consistency_divergence=name))
         assert formula in card.formula and "2106.14448" in card.citation
-        expected = {"consistency_weight": 0.5, "consistency_divergence": name, "consistency_warmup_steps": 0}
-        assert card.settings == expected
+        expected = {"consistency_weight": 0.5, "consistency_divergence": name}
+        assert card.settings == CONSISTENCY_DEFAULTS | expected
+
+
+def test_the_card_states_the_share_of_rows_and_the_interval() -> None:
+    card = consistency_card(ConsistencyArguments(consistency_weight=0.5))
+    assert "Only" not in card.text and "one in" not in card.text and "steps" not in card.formula
+    card = consistency_card(
+        ConsistencyArguments(consistency_weight=0.5, consistency_fraction=0.25, consistency_interval=4)
+    )
+    assert "Only a random share of 0.25 of the rows runs twice; D is the mean over these rows." in card.text
+    assert "one in 4 optimizer steps" in card.text
+    assert "λ = consistency_weight in optimizer steps 0, 4, 8, …" in card.formula
+
+
+# --- a share of the rows
+
+
+def test_the_expected_number_of_repeated_rows_is_the_fraction() -> None:
+    """Also of a batch of one row; every row is as likely, and none comes twice."""
+    for batch_size, fraction in ((1, 0.3), (4, 0.5), (5, 0.3)):
+        batch, counts, numbers = batch_of(torch.zeros(batch_size)), torch.zeros(batch_size), set()
+        for _ in range(2000):
+            sampled = batch.sample_rows(fraction)
+            rows = torch.arange(batch_size) if sampled.rows is None else sampled.rows
+            assert len(rows) == len(rows.unique()) == sampled.num_repeated and sampled.fraction == fraction
+            counts[rows] += 1
+            numbers.add(len(rows))
+        torch.testing.assert_close(counts / 2000, torch.full_like(counts, fraction), rtol=0, atol=0.05)
+        assert numbers == {math.floor(fraction * batch_size), math.ceil(fraction * batch_size)}
+
+
+def test_a_fraction_of_one_samples_nothing() -> None:
+    batch, state = batch_of(torch.zeros(4)), torch.get_rng_state()
+    assert batch.sample_rows(1.0) is batch and batch.rows is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rows", [[], [2], [2, 0], [0, 1, 2]])
+def test_only_repeated_rows_are_compared(rows: list[int]) -> None:
+    """Their items and divergence are those of a batch of these rows alone, for every kind of label."""
+    again, n = torch.tensor(rows, dtype=torch.long), len(rows)
+    tokens = torch.tensor([[1, -100, 2, 4], [3, 4, -100, 5], [-100, -100, -100, 6]])
+    cases = [
+        ({"logits": torch.randn(3 + n, 4)}, {"labels": torch.tensor([1, -100, 2])}, PLAIN),
+        ({"logits": torch.randn(3 + n, 1)}, {"labels": torch.randn(3)}, PLAIN),
+        ({"logits": torch.randn(3 + n, 4)}, {"labels": torch.rand(3, 4).round()}, PLAIN),
+        ({"logits": torch.randn(3 + n, 4, 7)}, {"labels": tokens}, PLAIN),
+        ({"logits": torch.randn(3 + n, 4, 7)}, {"labels": tokens}, CAUSAL),
+        ({"logits": torch.randn(3 + n, 4, 7)}, {"labels": tokens, "shift_labels": tokens.flip(0)}, CAUSAL),
+        (
+            {"start_logits": torch.randn(3 + n, 6), "end_logits": torch.randn(3 + n, 6)},
+            {"start_positions": torch.tensor([2, 6, 0]), "end_positions": torch.tensor([[3], [-1], [9]])},
+            PLAIN,
+        ),
+    ]
+    for outputs, labels, alignment in cases:
+        labels = {"input_ids": torch.zeros(3, 6, dtype=torch.long), **labels}
+        batch = ConsistencyBatch(labels, 3, alignment, rows=again, fraction=0.5)
+        alone = ConsistencyBatch({name: value[again] for name, value in labels.items()}, n, alignment)
+        pairs = {name: torch.cat((value[again], value[3:])) for name, value in outputs.items()}
+        torch.testing.assert_close(batch.divergence(outputs), alone.divergence(pairs))
+        assert torch.equal(batch.num_repeated_items, alone.num_items)
+        assert torch.equal(batch.num_task_items, batch.num_items + alone.num_items)
+        # The mean over both passes keeps its weight, however many rows run twice.
+        torch.testing.assert_close(batch.item_weights[0], (batch.num_items + alone.num_items) / (1 + n / 3))
+        torch.testing.assert_close(batch.item_weights[1], alone.num_items / 0.5)
+        assert batch.first_pass(outputs).keys() == outputs.keys()
+        assert all(len(value) == 3 for value in batch.first_pass(outputs).values())

@@ -17,6 +17,7 @@ from .consistency_tasks import (
     rows,
     tokenizer,
     train,
+    train_half,
 )
 from .models import build
 
@@ -55,6 +56,13 @@ def test_one_step_matches_the_formula(smoothing: float, tmp_path: Any) -> None:
     expected = plain_step("causal_lm", smoothing)
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer, gradients = train_sft(tmp_path, batch_size, accumulation, label_smoothing_factor=smoothing)
+        assert_same_step((first_logs(trainer), gradients), expected)
+
+
+def test_half_of_the_rows_match_the_formula(tmp_path: Any) -> None:
+    expected = plain_step("causal_lm", fraction=0.5)
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer, gradients = train_half(tmp_path, batch_size, accumulation, run=train_sft)
         assert_same_step((first_logs(trainer), gradients), expected)
 
 

@@ -39,6 +39,12 @@ def test_they_parse_from_a_command_line_along_with_the_stock_fields(kind: type, 
         ({"consistency_divergence": "l2"}, "must be one of .*'symmetric_kl', 'kl', 'js'.*got 'l2'"),
         ({"consistency_warmup_steps": -1}, "`consistency_warmup_steps` must be an integer >= 0, got -1"),
         ({"consistency_warmup_steps": 0.5}, "`consistency_warmup_steps` must be an integer >= 0, got 0.5"),
+        ({"consistency_fraction": 0}, "`consistency_fraction` must be a number > 0 and <= 1, got 0. .*no divergence"),
+        ({"consistency_fraction": 1.5}, "`consistency_fraction` must be .*got 1.5"),
+        ({"consistency_fraction": float("nan")}, "`consistency_fraction` must be .*got nan"),
+        ({"consistency_fraction": True}, "`consistency_fraction` must be .*got True"),
+        ({"consistency_interval": 0}, "`consistency_interval` must be an integer >= 1, got 0"),
+        ({"consistency_interval": 2.0}, "`consistency_interval` must be an integer >= 1, got 2.0"),
     ],
 )
 def test_bad_values_raise(kind: type, values: dict[str, Any], message: str) -> None:

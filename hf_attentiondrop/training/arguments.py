@@ -23,6 +23,12 @@ class ConsistencyArguments:
             `"symmetric_kl"`, `"kl"` or `"js"`, see [`consistency_loss`].
         consistency_warmup_steps (`int`, defaults to 0):
             Optimizer steps over which λ grows linearly from 0 to `consistency_weight`.
+        consistency_fraction (`float`, defaults to 1.0):
+            Share of the rows that run twice, 0 < f ≤ 1, sampled for each batch. A step costs about `1 + f` times a
+            step without the term. The expected gradient does not depend on f.
+        consistency_interval (`int`, defaults to 1):
+            The term is part of every k-th optimizer step, k ≥ 1, counted from the first one. The other steps run one
+            pass, like those of the plain Trainer.
 
     Raises:
         ValueError: if a value is out of range.
@@ -47,9 +53,16 @@ class ConsistencyArguments:
     consistency_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps over which the weight grows linearly from 0."}
     )
+    consistency_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the rows of each batch that run twice, sampled at random."}
+    )
+    consistency_interval: int = field(
+        default=1, metadata={"help": "The term is part of every k-th optimizer step only."}
+    )
 
     def __post_init__(self) -> None:
         weight, steps = self.consistency_weight, self.consistency_warmup_steps
+        fraction, interval = self.consistency_fraction, self.consistency_interval
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(
                 f"`consistency_weight` must be a finite number >= 0, got {weight!r}. It multiplies the divergence: "
@@ -64,6 +77,17 @@ class ConsistencyArguments:
             raise ValueError(
                 f"`consistency_warmup_steps` must be an integer >= 0, got {steps!r}. It counts the optimizer steps "
                 "until the term reaches its full weight. Use 0 for the full weight from the first step."
+            )
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+            raise ValueError(
+                f"`consistency_fraction` must be a number > 0 and <= 1, got {fraction!r}. It is the share of the rows "
+                "that run twice: without any there is no divergence. Use 1 for all rows, or `consistency_weight=0` to "
+                "turn the term off."
+            )
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(
+                f"`consistency_interval` must be an integer >= 1, got {interval!r}. The term is part of every k-th "
+                "optimizer step. Use 1 for every step, or `consistency_weight=0` to turn the term off."
             )
         check_other_fields = getattr(super(), "__post_init__", None)
         if check_other_fields is not None:

@@ -1,7 +1,7 @@
 """A training batch for two passes in one forward, and its losses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .alignment import IGNORE_INDEX, LabelAlignment, has_answers
-from .doubling import batch_size_of, check_packing, double_batch, first_half
+from .doubling import batch_size_of, check_packing, first_pass, repeat_rows
 from .losses import consistency_loss
+
+
+LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True, eq=False)
 class ConsistencyBatch:
-    """A batch whose rows run twice in one forward.
+    """A batch whose rows, or some of them, run twice in one forward: `B` rows, then `n` of them again.
 
     The task loss and the divergence average over the same items: rows, labeled tokens, or answer positions.
 
@@ -25,11 +28,14 @@ class ConsistencyBatch:
         alignment ([`LabelAlignment`]): Which label the logits at each position predict.
         problem_type (`str`, *optional*): As in the model's config; `None` infers it from the labels, as Transformers
             does.
+        main_input_name (`str`, defaults to `"input_ids"`): The `main_input_name` of the model.
+        rows (`torch.Tensor` of shape `(n,)`, *optional*): The rows that run twice; `None` for all, `n = B`.
+        fraction (`float`, defaults to 1.0): The probability with which a row is among them.
 
     Example:
 
     >>> batch = ConsistencyBatch({"input_ids": torch.tensor([[7], [8]]), "labels": torch.tensor([0, -100])}, 2)
-    >>> batch.num_items.item(), batch.doubled["input_ids"].tolist()
+    >>> batch.num_items.item(), batch.repeated["input_ids"].tolist()
     (1, [[7], [8], [7], [8]])
     >>> batch.divergence({"logits": torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])})
     tensor(1.5232)
@@ -39,6 +45,9 @@ class ConsistencyBatch:
     batch_size: int
     alignment: LabelAlignment = LabelAlignment()
     problem_type: str | None = None
+    main_input_name: str = "input_ids"
+    rows: Tensor | None = None
+    fraction: float = 1.0
 
     @classmethod
     def for_model(cls, model: nn.Module, inputs: Mapping[str, Any], alignment: LabelAlignment) -> "ConsistencyBatch":
@@ -54,28 +63,81 @@ class ConsistencyBatch:
         """
         config = getattr(model, "config", None)
         check_packing(inputs, getattr(config, "_attn_implementation", None) or "")
-        batch_size = batch_size_of(inputs, getattr(model, "main_input_name", "input_ids"))
-        return cls(inputs, batch_size, alignment, getattr(config, "problem_type", None))
+        name = getattr(model, "main_input_name", "input_ids")
+        return cls(inputs, batch_size_of(inputs, name), alignment, getattr(config, "problem_type", None), name)
+
+    def sample_rows(self, fraction: float) -> "ConsistencyBatch":
+        """The batch with random rows that run twice: `fraction * B` of them, rounded up or down at random so that this
+        is their expected number. A fraction of 1 samples nothing.
+
+        Args:
+            fraction (`float`): 0 < fraction ≤ 1.
+
+        Example:
+
+        >>> batch = ConsistencyBatch({"labels": torch.tensor([0, 1, 2, 3])}, 4)
+        >>> batch.sample_rows(0.5).num_repeated, batch.sample_rows(1.0).num_repeated
+        (2, 4)
+        """
+        if fraction == 1:
+            return self
+        number = int(fraction * self.batch_size + torch.rand(()).item())
+        if number == self.batch_size:
+            return replace(self, fraction=fraction)
+        device = next(value.device for value in self.inputs.values() if isinstance(value, Tensor))
+        return replace(self, fraction=fraction, rows=torch.randperm(self.batch_size)[:number].to(device))
 
     @property
-    def doubled(self) -> dict[str, Any]:
-        """The inputs of `2B` rows, see [`double_batch`]. A new dict each time: the Trainer may pop the labels."""
-        return double_batch(self.inputs, self.batch_size)
+    def repeated(self) -> dict[str, Any]:
+        """The inputs of `B + n` rows, see [`repeat_rows`]. A new dict each time: the Trainer may pop the labels."""
+        return repeat_rows(self.inputs, self.batch_size, self.rows, self.main_input_name)
+
+    @property
+    def num_repeated(self) -> int:
+        """The number of rows that run twice, `n`."""
+        return self.batch_size if self.rows is None else len(self.rows)
 
     @cached_property
     def num_items(self) -> Tensor:
         """The number of items, a scalar, or `(2,)` for question answering, see [`LabelAlignment.count_items`]."""
         return self.alignment.count_items(self.inputs, self.batch_size)
 
-    def first_half(self, outputs: Any) -> Any:
+    @cached_property
+    def num_repeated_items(self) -> Tensor:
+        """The number of items in the rows that run twice, shaped like `num_items`."""
+        if self.rows is None:
+            return self.num_items
+        labels = {
+            name: self._repeated_rows(value)
+            for name, value in self.inputs.items()
+            if name in LABEL_NAMES and isinstance(value, Tensor)
+        }
+        return self.alignment.count_items({**self.inputs, **labels}, self.num_repeated)
+
+    @property
+    def num_task_items(self) -> Tensor:
+        """The number of items in both passes, shaped like `num_items`."""
+        return self.num_items + self.num_repeated_items
+
+    @property
+    def item_weights(self) -> tuple[Tensor, Tensor]:
+        """For how many items task loss and divergence count in an optimizer step, each shaped like `num_items`.
+
+        Both are means over sampled rows. Times these numbers they equal in expectation the sums over all rows: on
+        average a row occurs `1 + n / B` times in both passes, and `fraction` times among the rows that run twice.
+        """
+        passes = 1 + self.num_repeated / self.batch_size
+        return self.num_task_items / passes, self.num_repeated_items / self.fraction
+
+    def first_pass(self, outputs: Any) -> Any:
         """The outputs of the first pass, from those of both."""
-        return first_half(outputs, self.batch_size)
+        return first_pass(outputs, self.batch_size, self.num_repeated)
 
     def divergence(self, outputs: Any, divergence: str = "symmetric_kl") -> Tensor:
-        """The mean divergence between the two passes.
+        """The mean divergence between the two passes over the rows that run twice, 0 without any.
 
         Args:
-            outputs: The outputs of the model for the doubled batch.
+            outputs: The outputs of the model for `repeated`.
             divergence (`str`, defaults to `"symmetric_kl"`): See [`consistency_loss`].
 
         Returns:
@@ -100,30 +162,37 @@ class ConsistencyBatch:
                 return self._divergence_of_rows(logits, labels, divergence)
             if logits.dim() == 3 and labels.dim() == 2 and len(labels) == self.batch_size and not is_float:
                 targets = self.alignment.targets(self.inputs, logits.shape[1])
-                return consistency_loss(logits, targets.ne(IGNORE_INDEX), divergence)
+                weights = self._repeated_rows(targets.ne(IGNORE_INDEX))
+                return consistency_loss(logits, weights, divergence, rows=self.rows)
         got = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            "Expected logits of shape (2B, C) with labels (B,), or logits (2B, L, C) with labels (B, L), got logits "
-            f"{tuple(logits.shape)} and labels of {got}: the consistency term must average over the same logits as "
-            "the task loss, and those are unknown here. Set `consistency_weight=0` for this task."
+            "Expected logits of shape (N, C) with labels (B,), or logits (N, L, C) with labels (B, L), for the N rows "
+            f"of both passes, got logits {tuple(logits.shape)} and labels of {got}: the consistency term must average "
+            "over the same logits as the task loss, and those are unknown here. Set `consistency_weight=0` for this "
+            "task."
         )
 
     def task_loss(self, loss: Tensor, outputs: Mapping[str, Any], share: Tensor) -> Tensor:
-        """Corrects the task loss where a mean over the doubled batch is not enough.
+        """Corrects the task loss where a mean over both passes is not enough.
 
         Args:
             loss (`torch.Tensor`): The loss that the Trainer computed, a scalar.
-            outputs (`Mapping[str, Any]`): The outputs of the model for the doubled batch.
-            share (`torch.Tensor`): Share of this batch in the items of the optimizer step, shaped like `num_items`.
+            outputs (`Mapping[str, Any]`): The outputs of the model for `repeated`.
+            share (`torch.Tensor`): Share of the task loss in that of the optimizer step, shaped like `num_items`.
 
         Returns:
             `torch.Tensor`: `loss` itself; 0 for a batch without items; or `(2,)` for question answering whose start
             and end positions have unequal shares, because the mean of their two means hides the two.
         """
         if self.num_items.dim() > 0:
-            has_equal_parts = self.num_items[0] == self.num_items[1] > 0 and share[0] == share[1]
+            start, end = self.num_task_items
+            has_equal_parts = start == end > 0 and share[0] == share[1]
             return loss if has_equal_parts else self._answer_losses(outputs)
         return loss if self.num_items.any() else _zero_of(loss, outputs)
+
+    def _repeated_rows(self, value: Tensor) -> Tensor:
+        """The rows of a tensor that run twice."""
+        return value if self.rows is None else value[self.rows]
 
     def _divergence_of_answers(self, start_logits: Tensor, end_logits: Tensor, divergence: str) -> Tensor:
         length = self.alignment.logits_length(self.inputs)
@@ -133,8 +202,9 @@ class ConsistencyBatch:
                 f"{tuple(start_logits.shape)}: the consistency term must ignore the same answers as the task loss, "
                 "and those are unknown here. Set `consistency_weight=0` for this task."
             )
-        pairs = zip((start_logits, end_logits), self.alignment.answer_mask(self.inputs), strict=True)
-        return torch.stack([consistency_loss(logits, mask, divergence) for logits, mask in pairs])
+        masks = [self._repeated_rows(mask) for mask in self.alignment.answer_mask(self.inputs)]
+        pairs = zip((start_logits, end_logits), masks, strict=True)
+        return torch.stack([consistency_loss(logits, mask, divergence, rows=self.rows) for logits, mask in pairs])
 
     def _divergence_of_rows(self, logits: Tensor, labels: Tensor, divergence: str) -> Tensor:
         problem_type = self.problem_type
@@ -144,18 +214,17 @@ class ConsistencyBatch:
             is_multi_label = labels.is_floating_point()
             problem_type = "multi_label_classification" if is_multi_label else "single_label_classification"
         is_categorical = problem_type == "single_label_classification"
-        weights = labels.reshape(-1).ne(IGNORE_INDEX) if is_categorical else None
-        return consistency_loss(logits, weights, divergence, problem_type)
+        weights = self._repeated_rows(labels.reshape(-1).ne(IGNORE_INDEX)) if is_categorical else None
+        return consistency_loss(logits, weights, divergence, problem_type, self.rows)
 
     def _answer_losses(self, outputs: Mapping[str, Any]) -> Tensor:
         """The mean losses over the start and over the end positions of both passes, `(2,)`; 0 for a mean over none."""
         losses = []
         for name, mask in zip(("start", "end"), self.alignment.answer_mask(self.inputs), strict=True):
-            logits, mask = outputs[f"{name}_logits"], mask.repeat(2)
             # Like the heads: a position before the text counts as its first position.
-            targets = self.inputs[f"{name}_positions"].reshape(-1).repeat(2).clamp(min=0)
-            targets = targets.masked_fill(~mask, IGNORE_INDEX)
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            targets = self.inputs[f"{name}_positions"].reshape(-1).clamp(min=0).masked_fill(~mask, IGNORE_INDEX)
+            targets, mask = (torch.cat((value, self._repeated_rows(value))) for value in (targets, mask))
+            loss = nn.functional.cross_entropy(outputs[f"{name}_logits"].float(), targets, reduction="sum")
             losses.append(loss / mask.sum().clamp(min=1))
         return torch.stack(losses)
 

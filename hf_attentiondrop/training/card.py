@@ -34,11 +34,21 @@ def consistency_card(arguments: ConsistencyArguments) -> MethodCard:
     loss = task + λ · D(P1, P2),   λ = consistency_weight
     D(P1, P2) = KL(P1‖P2)
     """
+    fraction, interval = arguments.consistency_fraction, arguments.consistency_interval
+    text = (
+        "In training, each batch runs twice with independent perturbations, and the divergence between the two output "
+        "distributions is added to the task loss."
+    )
+    weight = "consistency_weight"
+    if fraction < 1:
+        text += f" Only a random share of {fraction:g} of the rows runs twice; D is the mean over these rows."
+    if interval > 1:
+        text += f" The term is part of one in {interval} optimizer steps; the others run one pass."
+        weight += f" in optimizer steps 0, {interval}, {2 * interval}, …"
     return MethodCard(
         name="Consistency between two passes",
-        text="In training, each batch runs twice with independent perturbations, and the divergence between the two "
-        "output distributions is added to the task loss.",
-        formula="loss = task + λ · D(P1, P2),   λ = consistency_weight\n"
+        text=text,
+        formula=f"loss = task + λ · D(P1, P2),   λ = {weight}\n"
         f"{DIVERGENCE_FORMULAS[arguments.consistency_divergence]}",
         tag="consistency-regularization",
         citation=R_DROP,

@@ -1,10 +1,13 @@
-"""Records the outputs of the forward from which a Trainer computes its task loss."""
+"""The task loss of a Trainer as a mean over both passes, and the outputs of the forward that computes it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from .alignment import IGNORE_INDEX, LabelAlignment
 
@@ -58,7 +61,7 @@ class ForwardRecorder:
         if len(self.outputs) != 1:
             raise ValueError(
                 f"Expected one forward with gradients for one loss, got {len(self.outputs)}: the consistency term "
-                "compares the two halves of a single forward. Set `consistency_weight=0` for this Trainer."
+                "compares the two passes in a single forward. Set `consistency_weight=0` for this Trainer."
             )
         return self.outputs[0]
 
@@ -80,6 +83,30 @@ class ForwardRecorder:
             return None
         targets = self.alignment.targets(labels, output.logits.shape[1])
         return fused_fields(output.logits, targets, getattr(output, "aux_loss", None))
+
+
+@contextmanager
+def averaging_over(num_items: Tensor, trainer: Trainer) -> Iterator[None]:
+    """Context manager that passes the number of items of both passes to the custom loss function of a Trainer, if it
+    has one, so that the function returns their mean.
+
+    Args:
+        num_items (`torch.Tensor`): The number of items, a scalar.
+        trainer ([`~transformers.Trainer`]): The Trainer.
+    """
+    compute_loss_func = trainer.compute_loss_func
+    if compute_loss_func is None:
+        yield
+        return
+
+    def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
+        return compute_loss_func(outputs, labels, num_items_in_batch=num_items.clamp(min=1))
+
+    trainer.compute_loss_func = mean_loss
+    try:
+        yield
+    finally:
+        trainer.compute_loss_func = compute_loss_func
 
 
 def fused_fields(logits: Tensor, targets: Tensor, aux_loss: Tensor | None = None) -> SimpleNamespace:

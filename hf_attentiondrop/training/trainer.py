@@ -1,7 +1,6 @@
 """Trainers with a consistency term in the loss."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ from .card import consistency_card
 from .checks import check_trainer, warn_without_method, warn_without_randomness
 from .dropconnect import dropconnect_card, dropconnect_of
 from .losses import NO_DIVERGENCE
-from .outputs import ForwardRecorder
+from .outputs import ForwardRecorder, averaging_over
 from .schedule_callback import ScheduleMixin
 
 
@@ -38,11 +37,12 @@ class ConsistencyTrainerMixin(TrainerBase):
 
     In training, each batch runs twice in one forward with independent perturbations. The loss is the task loss, a mean
     over both passes, plus `consistency_weight` times the divergence between them. The task loss is the loss that the
-    other base class computes for the doubled batch. Evaluation, prediction, and training with weight 0 (the default)
-    do not change.
+    other base class computes for both passes. Evaluation, prediction, and training with weight 0 (the default) do not
+    change.
 
     Gradients do not depend on the split of a batch into accumulation steps and processes: the mean over each
-    micro-batch is weighted by its share of the items. `task_loss` and `consistency_loss` are logged along with `loss`.
+    micro-batch is weighted by its share of the items. `task_loss` and `consistency_loss`, means over the steps with
+    the term, are logged along with `loss`.
 
     Overrides `training_step`, `compute_loss`, `get_batch_samples` and `log`.
 
@@ -53,6 +53,8 @@ class ConsistencyTrainerMixin(TrainerBase):
         consistency_weight (`float`, *optional*, defaults to 0.0): See [`ConsistencyArguments`].
         consistency_divergence (`str`, *optional*, defaults to `"symmetric_kl"`): See [`ConsistencyArguments`].
         consistency_warmup_steps (`int`, *optional*, defaults to 0): See [`ConsistencyArguments`].
+        consistency_fraction (`float`, *optional*, defaults to 1.0): See [`ConsistencyArguments`].
+        consistency_interval (`int`, *optional*, defaults to 1): See [`ConsistencyArguments`].
 
     Raises:
         ValueError: for values out of range, and for unsupported settings (`nn.DataParallel`, context and sequence
@@ -91,31 +93,36 @@ class ConsistencyTrainerMixin(TrainerBase):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch; in training, of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
-        if not (model.training and self.args.consistency_weight > 0):
+        if not (model.training and self._has_term):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        batch = self._make_batch(inputs)
-        num_items = batch.num_items.to(self.args.device)
+        batch = self._make_batch(inputs).sample_rows(self.args.consistency_fraction)
         # Without the number of items every head returns the mean over its micro-batch, whether or not it supports that
-        # argument. The share below weights that mean.
-        with ForwardRecorder(model, batch.alignment) as forward, self._averaging_over(2 * num_items.sum()):
-            mean = super().compute_loss(model, batch.doubled, num_items_in_batch=None)
-        share = self._share_of_step(num_items, num_items_in_batch)
+        # argument. The shares below weight that mean.
+        num_items = batch.num_task_items.sum().to(self.args.device)
+        with ForwardRecorder(model, batch.alignment) as forward, averaging_over(num_items, self):
+            mean = super().compute_loss(model, batch.repeated, num_items_in_batch=None)
+        share, task_share, divergence_share = (
+            self._share_of_step(weight, batch.num_items, num_items_in_batch)
+            for weight in (batch.num_items, *batch.item_weights)
+        )
         divergence = batch.divergence(forward.output, self.args.consistency_divergence)
-        task_loss = batch.task_loss(mean, forward.output, share).to(divergence.dtype)
-        self._check_randomness(num_items, divergence)
+        task_loss = batch.task_loss(mean, forward.output, task_share).to(divergence.dtype)
+        self._check_randomness(batch.num_repeated_items, divergence)
 
         # The loss of question answering is the mean of two means, over the start and over the end positions.
-        components = [(part * share).mean() for part in (task_loss, divergence)]
-        self._add_components(torch.stack((*components, share.mean())).detach())
+        components = (task_loss * task_share).mean(), (divergence * divergence_share).mean()
+        sums = torch.stack((*components, share.mean())).detach()
+        self._component_sums = sums if self._component_sums is None else self._component_sums + sums
         loss = components[0] + self._current_consistency_weight * components[1]
-        return (loss, batch.first_half(forward.output)) if return_outputs else loss
+        return (loss, batch.first_pass(forward.output)) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-batch. See [`~transformers.Trainer.training_step`]."""
         if self.args.consistency_weight <= 0:
             self._check_method()
+        if not self._has_term:
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
@@ -130,7 +137,7 @@ class ConsistencyTrainerMixin(TrainerBase):
         """The micro-batches of an optimizer step and their number of items. See
         [`~transformers.Trainer.get_batch_samples`], which counts items only for some models."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.consistency_weight > 0 and batches:
+        if self._has_term and batches:
             num_items = torch.stack([self._make_batch(batch).num_items.to(device) for batch in batches]).sum(dim=0)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, reduction="sum")
@@ -172,6 +179,11 @@ class ConsistencyTrainerMixin(TrainerBase):
         return self._alignments[model]
 
     @property
+    def _has_term(self) -> bool:
+        """Whether the term is part of this optimizer step."""
+        return self.args.consistency_weight > 0 and self.state.global_step % self.args.consistency_interval == 0
+
+    @property
     def _current_consistency_weight(self) -> float:
         warmup_steps = self.args.consistency_warmup_steps
         ramp = min(1.0, self.state.global_step / warmup_steps) if warmup_steps > 0 else 1.0
@@ -180,36 +192,18 @@ class ConsistencyTrainerMixin(TrainerBase):
     def _make_batch(self, inputs: Mapping[str, Any]) -> ConsistencyBatch:
         return ConsistencyBatch.for_model(self._core_model, inputs, self._alignment)
 
-    def _share_of_step(self, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The weight of a micro-batch, with which the gradients of a step sum to those of the mean over its items."""
+    def _share_of_step(self, weight: Tensor, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The weight of the mean over a micro-batch, with which the gradients of a step sum to those of the mean over
+        its items. A mean over both passes or over some rows has a `weight` other than the number of items."""
         if num_items_in_batch is None:
-            return torch.ones_like(num_items, dtype=torch.float32)
-        total = torch.as_tensor(num_items_in_batch, device=num_items.device)
-        # Processes average their gradients. Tensor parallel copies of a batch count both as items and as processes.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        # In a step without items all micro-batches weigh the same, for losses like the load balancing of experts.
-        equal_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        return torch.where(total > 0, num_items / total.clamp(min=1) * processes, equal_share)
-
-    @contextmanager
-    def _averaging_over(self, num_items: Tensor) -> Iterator[None]:
-        """Passes the number of items of the doubled batch to a custom loss function, so that it returns their mean."""
-        compute_loss_func = self.compute_loss_func
-        if compute_loss_func is None:
-            yield
-            return
-
-        def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-            return compute_loss_func(outputs, labels, num_items_in_batch=num_items.clamp(min=1))
-
-        self.compute_loss_func = mean_loss
-        try:
-            yield
-        finally:
-            self.compute_loss_func = compute_loss_func
-
-    def _add_components(self, components: Tensor) -> None:
-        self._component_sums = components if self._component_sums is None else self._component_sums + components
+            num_items_in_batch, processes, equal_share = num_items, 1, 1.0
+        else:
+            # Processes average their gradients. Tensor parallel copies of a batch count as items and as processes.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            # In a step without items all micro-batches weigh the same, for losses like the load balancing of experts.
+            equal_share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        total = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        return torch.where(total > 0, weight.to(self.args.device) / total.clamp(min=1) * processes, equal_share)
 
     def _check_method(self) -> None:
         """Checks once whether a method of this package takes part in the training."""
@@ -219,7 +213,7 @@ class ConsistencyTrainerMixin(TrainerBase):
                 warn_without_method(self._core_model, type(self).__name__)
 
     def _check_randomness(self, num_items: Tensor, divergence: Tensor) -> None:
-        """Checks once, on a batch with items, whether the two passes differ."""
+        """Checks once, on a batch whose items ran twice, whether the two passes differ."""
         if not self._has_checked_randomness and num_items.any():
             self._has_checked_randomness = True
             if divergence.max() <= NO_DIVERGENCE and self.is_world_process_zero():
