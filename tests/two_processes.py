@@ -1,4 +1,4 @@
-"""Training steps on two processes, with the Trainer and with learned attention, launched once for all tests.
+"""Training steps on two processes: the Trainer, learned attention, a shared trunk; launched once for all tests.
 
 accelerate launch --multi_gpu --num_processes 2 --module tests.two_processes results
 """
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hf_attentiondrop.training.adaptive import mean_over_processes
 
-from . import consistency_tasks, reweighting_processes
+from . import consistency_tasks, reweighting_processes, trunk_steps
 
 
 if __name__ == "__main__":
@@ -20,6 +20,7 @@ if __name__ == "__main__":
     consistency_tasks.main(str(folder / "steps.pt"), "2", "2")
     # The trainers have initialized the process group.
     rank = dist.get_rank()
+    torch.save(trunk_steps.steps(rank, dist.get_world_size(), folder / "trunk"), folder / f"trunk.{rank}.pt")
     torch.save(reweighting_processes.steps(rank, dist.get_world_size()), folder / f"reweighting.{rank}.pt")
     entropy = torch.tensor([0.2 + 0.2 * rank, torch.nan if rank else 0.5, torch.nan])
     torch.save(mean_over_processes(entropy), folder / f"entropy.{rank}.pt")

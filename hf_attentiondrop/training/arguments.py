@@ -29,9 +29,12 @@ class ConsistencyArguments:
         consistency_interval (`int`, defaults to 1):
             The term is part of every k-th optimizer step, k ≥ 1, counted from the first one. The other steps run one
             pass, like those of the plain Trainer.
+        consistency_shared_trunk (`bool`, defaults to `False`):
+            Whether the layers below the first random one run once for both passes, see [`SharedTrunk`]. Same result,
+            less time; needs perturbations of upper layers only, and no dropout below them.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: if a value is out of range, or without effect.
 
     Example:
 
@@ -58,6 +61,9 @@ class ConsistencyArguments:
     )
     consistency_interval: int = field(
         default=1, metadata={"help": "The term is part of every k-th optimizer step only."}
+    )
+    consistency_shared_trunk: bool = field(
+        default=False, metadata={"help": "Run the layers below the first random one once for both passes."}
     )
 
     def __post_init__(self) -> None:
@@ -88,6 +94,11 @@ class ConsistencyArguments:
             raise ValueError(
                 f"`consistency_interval` must be an integer >= 1, got {interval!r}. The term is part of every k-th "
                 "optimizer step. Use 1 for every step, or `consistency_weight=0` to turn the term off."
+            )
+        if self.consistency_shared_trunk and not weight > 0:
+            raise ValueError(
+                f"`consistency_shared_trunk=True` needs `consistency_weight` > 0, got {weight!r}: a single pass has "
+                "nothing to share. Set a weight such as 0.5, or `consistency_shared_trunk=False`."
             )
         check_other_fields = getattr(super(), "__post_init__", None)
         if check_other_fields is not None:

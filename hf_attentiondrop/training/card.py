@@ -52,5 +52,6 @@ def consistency_card(arguments: ConsistencyArguments) -> MethodCard:
         f"{DIVERGENCE_FORMULAS[arguments.consistency_divergence]}",
         tag="consistency-regularization",
         citation=R_DROP,
-        settings=asdict(arguments),
+        # The shared trunk changes the speed, not the result.
+        settings={k: v for k, v in asdict(arguments).items() if k != "consistency_shared_trunk"},
     )

@@ -1,6 +1,7 @@
 """Checks of a Trainer and its model: unsupported settings, and a consistency term or a method without effect."""
 
 import logging
+from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -80,8 +81,8 @@ def warn_without_randomness(model: nn.Module) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """True if some module drops activations of each sample independently. Layer drop does not count: it skips a layer
-    in both passes.
+    """True if some module drops activations of each sample independently, or adds noise to them. Layer drop does not
+    count: it skips a layer in both passes.
 
     Args:
         model (`torch.nn.Module`): Any model.
@@ -91,9 +92,24 @@ def has_dropout(model: nn.Module) -> bool:
     >>> has_dropout(nn.Dropout(0.1)), has_dropout(nn.Dropout(0.0))
     (True, False)
     """
-    return any(
-        isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if ("drop" in name and "layerdrop" not in name) or (name == "p" and isinstance(module, _DropoutNd))
-    )
+    return any(any(random_settings(module)) for module in model.modules())
+
+
+def random_settings(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The attributes of a module, without its children, that make it drop activations or add noise to them.
+
+    Args:
+        module (`torch.nn.Module`): Any module.
+
+    Returns:
+        `Iterator[tuple[str, float]]`: name and value of each attribute above 0.
+
+    Example:
+
+    >>> list(random_settings(nn.Dropout(0.1)))
+    [('p', 0.1)]
+    """
+    for name, value in vars(module).items():
+        is_random = ("drop" in name and "layerdrop" not in name) or "noise" in name
+        if (is_random or (name == "p" and isinstance(module, _DropoutNd))) and isinstance(value, float) and value > 0:
+            yield name, value

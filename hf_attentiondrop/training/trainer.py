@@ -1,6 +1,7 @@
 """Trainers with a consistency term in the loss."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from .dropconnect import dropconnect_card, dropconnect_of
 from .losses import NO_DIVERGENCE
 from .outputs import ForwardRecorder, averaging_over
 from .schedule_callback import ScheduleMixin
+from .trunk import SharedTrunk
 
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class ConsistencyTrainerMixin(TrainerBase):
         consistency_warmup_steps (`int`, *optional*, defaults to 0): See [`ConsistencyArguments`].
         consistency_fraction (`float`, *optional*, defaults to 1.0): See [`ConsistencyArguments`].
         consistency_interval (`int`, *optional*, defaults to 1): See [`ConsistencyArguments`].
+        consistency_shared_trunk (`bool`, *optional*, defaults to `False`): See [`ConsistencyArguments`].
 
     Raises:
         ValueError: for values out of range, and for unsupported settings (`nn.DataParallel`, context and sequence
@@ -81,6 +84,7 @@ class ConsistencyTrainerMixin(TrainerBase):
         self._alignments: WeakKeyDictionary[nn.Module, LabelAlignment] = WeakKeyDictionary()
         # Task loss, divergence and number of optimizer steps since the last log.
         self._component_sums: Tensor | None = None
+        self._trunk: SharedTrunk | None = None
         self._has_checked_randomness = self._has_checked_method = False
         if self.args.consistency_weight > 0:
             check_trainer(self, self._alignment)
@@ -101,8 +105,11 @@ class ConsistencyTrainerMixin(TrainerBase):
         # Without the number of items every head returns the mean over its micro-batch, whether or not it supports that
         # argument. The shares below weight that mean.
         num_items = batch.num_task_items.sum().to(self.args.device)
+        repeated = batch.repeated
+        if self._trunk is not None:
+            self._trunk.start(model, repeated, batch.batch_size, batch.rows)
         with ForwardRecorder(model, batch.alignment) as forward, averaging_over(num_items, self):
-            mean = super().compute_loss(model, batch.repeated, num_items_in_batch=None)
+            mean = super().compute_loss(model, repeated, num_items_in_batch=None)
         share, task_share, divergence_share = (
             self._share_of_step(weight, batch.num_items, num_items_in_batch)
             for weight in (batch.num_items, *batch.item_weights)
@@ -127,7 +134,8 @@ class ConsistencyTrainerMixin(TrainerBase):
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
         try:
-            return super().training_step(*args, **kwargs)
+            with self._sharing_trunk():
+                return super().training_step(*args, **kwargs)
         finally:
             setattr(self, SCALING, stock)
 
@@ -191,6 +199,13 @@ class ConsistencyTrainerMixin(TrainerBase):
 
     def _make_batch(self, inputs: Mapping[str, Any]) -> ConsistencyBatch:
         return ConsistencyBatch.for_model(self._core_model, inputs, self._alignment)
+
+    def _sharing_trunk(self) -> AbstractContextManager[None]:
+        if not self.args.consistency_shared_trunk:
+            return nullcontext()
+        if self._trunk is None or not self._trunk.fits(self._core_model):
+            self._trunk = SharedTrunk(self._core_model)
+        return self._trunk.installed()
 
     def _share_of_step(self, weight: Tensor, num_items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The weight of the mean over a micro-batch, with which the gradients of a step sum to those of the mean over
