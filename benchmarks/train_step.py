@@ -3,16 +3,19 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --device cuda --layers 12 --batch_size 32 --dtype bfloat16
 
-A step is forward, backward and an AdamW update. Models have their original widths; `--layers` and `--batch_size` scale
-them to the machine. Times are medians and quartiles of ratios to SDPA in alternating runs. Memory is the peak of
-building a model and running its first two steps, on CPU in a new process.
+A step is forward, backward and an AdamW update, with the consistency term through the Trainer. Models have their
+original widths; `--layers` and `--batch_size` scale them to the machine. Methods with the consistency term have no
+dropout, because a shared trunk needs lower layers without it, and are compared to SDPA without dropout. Times are
+medians and quartiles of ratios to SDPA in alternating runs. Memory is the peak of building a model and running its
+first two steps, on CPU in a new process.
 """
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,14 +32,57 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig
+from hf_attentiondrop import (
+    AffineScaledConfig,
+    AttentionDropConfig,
+    AttentionDropTrainer,
+    AttentionDropTrainingArguments,
+)
 
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sdpa": ("sdpa", {}),
-    "hard": ("attentiondrop", {"attention_drop": AttentionDropConfig(variant="hard")}),
-    "blur": ("attentiondrop", {"attention_drop": AttentionDropConfig(variant="blur")}),
-    "affine": ("affine_scaled", {"attention_reweighting": AffineScaledConfig()}),
+class Method(NamedTuple):
+    """A row of the table.
+
+    Args:
+        implementation: the `attn_implementation`.
+        entries: config entries, from the number of layers per stack and whether the model has a decoder besides its
+            encoder.
+        consistency: settings of the consistency term; empty for a step without it.
+        reference: the method of which times and memory are multiples. Without dropout, the method has none either.
+    """
+
+    implementation: str
+    entries: Callable[[int, bool], dict[str, Any]] = lambda layers, has_two_stacks: {}
+    consistency: dict[str, Any] = {}  # noqa: RUF012  # Never changed.
+    reference: str = "sdpa"
+
+
+NO_DROPOUT = "sdpa, no dropout"
+
+
+def dropping(variant: str) -> Method:
+    return Method("attentiondrop", lambda *_: {"attention_drop": AttentionDropConfig(variant=variant)})
+
+
+def upper_half(layers: int, has_two_stacks: bool) -> dict[str, Any]:
+    """Hard masking in the upper half of the layers; of an encoder and a decoder, in the upper half of the decoder."""
+    kinds = {"attentions": ["decoder_self"]} if has_two_stacks else {}
+    return {"attention_drop": AttentionDropConfig(layers=list(range(layers // 2, layers)), **kinds)}
+
+
+def term(entries: Callable[[int, bool], dict[str, Any]], **settings: Any) -> Method:
+    return Method("attentiondrop", entries, {"consistency_weight": 1.0, **settings}, NO_DROPOUT)
+
+
+METHODS = {
+    "sdpa": Method("sdpa"),
+    "hard": dropping("hard"),
+    "blur": dropping("blur"),
+    "affine": Method("affine_scaled", lambda *_: {"attention_reweighting": AffineScaledConfig()}),
+    NO_DROPOUT: Method("sdpa", reference=NO_DROPOUT),
+    "consistency": term(dropping("hard").entries),
+    "consistency, upper half": term(upper_half),
+    "consistency, upper half, shared trunk": term(upper_half, consistency_shared_trunk=True),
 }
 
 
@@ -96,11 +142,15 @@ MODELS = {"bert-base": bert, "vit-b-16": vit, "marian": marian, "llama-160m": ll
 def build(name: str, method: str, arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model_class, config, batch = MODELS[name](arguments.layers, arguments.batch_size)
-    implementation, entries = METHODS[method]
+    if METHODS[method].reference == NO_DROPOUT:
+        config.update({key: 0.0 for key, value in vars(config).items() if "dropout" in key and value})
+    entries = METHODS[method].entries(arguments.layers, config.is_encoder_decoder)
     for key, value in entries.items():
         setattr(config, key, value)
     dtype = getattr(torch, arguments.dtype)
-    model = model_class._from_config(config, attn_implementation=implementation).to(arguments.device, dtype)
+    model = model_class._from_config(config, attn_implementation=METHODS[method].implementation).to(
+        arguments.device, dtype
+    )
     batch = {key: value.to(arguments.device) for key, value in batch.items()}
     return model, {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
@@ -108,9 +158,19 @@ def build(name: str, method: str, arguments: argparse.Namespace) -> tuple[PreTra
 def training_step(name: str, method: str, arguments: argparse.Namespace) -> Callable[[], None]:
     model, batch = build(name, method, arguments)
     optimizer = torch.optim.AdamW(model.train().parameters())
+    settings = METHODS[method].consistency
+    if settings:
+        options = AttentionDropTrainingArguments(
+            tempfile.mkdtemp(), use_cpu=arguments.device == "cpu", report_to="none", **settings
+        )
+        trainer = AttentionDropTrainer(model=model, args=options)
+        trainer.current_gradient_accumulation_steps = 1
 
     def step() -> None:
-        model(**batch).loss.backward()
+        if settings:
+            trainer.training_step(model, dict(batch))
+        else:
+            model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -150,7 +210,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Models at their usual width with {setup['layers']} layers per stack and {setup['batch_size']} samples per "
         "batch (LLaMA: a quarter of that). Step time and peak memory relative to SDPA on the same model (1.00 = no "
-        f"overhead); times are medians of {setup['repeats']} alternating runs, with quartiles.",
+        "overhead), those with the consistency term to SDPA without dropout; the upper half of Marian is that of its "
+        f"decoder. Times are medians of {setup['repeats']} alternating runs, with quartiles.",
         "",
         "| model | method | training step | training memory | evaluation |",
         "|---|---|---:|---:|---:|",
@@ -161,7 +222,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{row[kind]['ratio']:.2f} [{row[kind]['low']:.2f}, {row[kind]['high']:.2f}]"
                 for kind in ("training", "evaluation")
             )
-            share = row["peak_mb"] / rows["sdpa"]["peak_mb"]
+            share = row["peak_mb"] / rows[METHODS[method].reference]["peak_mb"]
             lines.append(f"| {name} | {method} | {training} | {share:.2f} | {evaluation} |")
     return "\n".join(lines) + "\n"
 
@@ -169,7 +230,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=11)
@@ -179,7 +240,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device, methods = arguments.device, ["sdpa", *arguments.methods]
+    wanted = {*arguments.methods, *(METHODS[method].reference for method in arguments.methods)}
+    device, methods = arguments.device, [method for method in METHODS if method in wanted]
 
     # Measure memory first: children would inherit free memory from a process that has done large work.
     models: dict[str, dict[str, Any]] = {
@@ -191,7 +253,7 @@ def main() -> None:
             steps = {method: make(name, method, arguments) for method in methods}
             times = alternating_milliseconds(steps, arguments.repeats, device)
             for method in methods:
-                rows[method][kind] = ratio_to(times, method, "sdpa")
+                rows[method][kind] = ratio_to(times, method, METHODS[method].reference)
         print(name, {method: f"{row['training']['ratio']:.2f}" for method, row in rows.items()}, flush=True)
     options = {
         name: getattr(arguments, name) for name in ("layers", "batch_size", "repeats", "dtype", "device", "threads")

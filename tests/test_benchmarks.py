@@ -8,9 +8,10 @@ import pytest
 from .recipe_runs import ROOT, run
 
 
+TRUNK = "consistency, upper half, shared trunk"
 RUNS = {
     "attention": ["--cases", "growth-1024", "growth-2048", "--methods", "blur", "affine"],
-    "train_step": ["--models", "marian", "--methods", "blur", "--layers", "1", "--batch_size", "1"],
+    "train_step": ["--models", "marian", "--methods", "blur", TRUNK, "--layers", "2", "--batch_size", "1"],
 }
 
 
@@ -28,5 +29,6 @@ def test_benchmark_writes_its_table(name: str, tmp_path: Path) -> None:
         rows = results["cases"]["growth-2048"]
     else:
         rows = results["models"]["marian"]
+        assert list(rows) == ["sdpa", "blur", "sdpa, no dropout", TRUNK]
     assert all(row["peak_mb"] > 0 for row in rows.values())
     assert rows["sdpa"].get("ratio", 1.0) == 1.0
