@@ -27,6 +27,10 @@ def slow_start(progress: float) -> float:
     return progress**2
 
 
+def name_of(shape: Any) -> str:
+    return getattr(shape, "__name__", shape)
+
+
 FORMULAS = {
     "linear_up": lambda x: x,
     "linear_down": lambda x: 1 - x,
@@ -37,7 +41,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize(("start", "end", "first", "last"), [(0, 1.0, 0, 40), (0.25, 0.75, 10, 30), (8, 0.5, 8, 20)])
-@pytest.mark.parametrize("shape", FORMULAS, ids=str)
+@pytest.mark.parametrize("shape", FORMULAS, ids=name_of)
 def test_every_step_has_the_factor_of_the_formula(shape: Any, start: float, end: float, first: int, last: int) -> None:
     schedule = AttentionDropSchedule(shape, start=start, end=end)
     for step in range(41):
@@ -118,7 +122,7 @@ def trained(trainer_class: type[Trainer], args: TrainingArguments, **settings: A
     return trainer, recorder
 
 
-@pytest.mark.parametrize("shape", ["linear_down", "v_shaped", slow_start], ids=str)
+@pytest.mark.parametrize("shape", ["linear_down", "v_shaped", slow_start], ids=name_of)
 def test_the_trainer_runs_the_schedule_of_its_arguments(shape: Any, tmp_path: Path) -> None:
     arguments = options(tmp_path, attention_drop_schedule=shape, gradient_accumulation_steps=2)
     trainer, recorder = trained(AttentionDropTrainer, AttentionDropTrainingArguments(**arguments))

@@ -15,7 +15,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_attentiondrop import AttentionDropConfig, DropHead, apply_dropconnect, configure, report, set_scheduled_value
+from hf_attentiondrop import AttentionDropConfig, DropHead, apply_dropconnect, configure, report
 from hf_attentiondrop.attention.modules import places_of
 from hf_attentiondrop.training.repeated_rows import RepeatedRows
 from hf_attentiondrop.training.trainer import AttentionDropTrainer
@@ -378,7 +378,7 @@ def test_a_trunk_without_a_second_pass_raises(tmp_path: Any) -> None:
 
 
 def test_a_perturbation_that_starts_in_the_trunk_shrinks_it(tmp_path: Any) -> None:
-    """A schedule may start a perturbation of a layer that was shared."""
+    """`configure` may start a perturbation of a layer that was shared."""
     drops = [DropHead(p=0.5, layers=[3]), AttentionDropConfig(p=0.0, layers=[1])]
     model = perturbed("bert", drops, 4, num_labels=3)
     found = []
@@ -386,7 +386,7 @@ def test_a_perturbation_that_starts_in_the_trunk_shrinks_it(tmp_path: Any) -> No
     class Start(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             found.append(len(trainer._trunk.layers))
-            set_scheduled_value(model, {"hard": 0.5})
+            configure(model, [drops[0], AttentionDropConfig(p=0.5, layers=[1])])
 
     trainer = AttentionDropTrainer(
         model=model,

@@ -62,7 +62,7 @@ class SharedTrunk:
         return {name: layer for stack in self.stacks for name, layer in stack.items()}
 
     def fits(self, model: nn.Module) -> bool:
-        """True if these are layers of `model` and still not random: a schedule may have started a perturbation."""
+        """True if these are layers of `model` and still not random: `configure` may have started a perturbation."""
         return model is self.model and not any(any(random_parts(*item)) for item in self.layers.items())
 
     @contextmanager
