@@ -61,7 +61,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         """What a checkpoint stores."""
         return {
             "args": {"target_entropy": self.target_entropy, "interval": self.interval},
-            "attributes": {"gains": self.gains},
+            "attributes": {"gains": self.gains, "entropy": self.entropy},
         }
 
     def on_train_begin(
@@ -81,9 +81,9 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
                     "without `target_entropy`, or perturb other parts of the model."
                 )
         stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step > 0 else None
-        gains = stored["attributes"]["gains"] if isinstance(stored, dict) else []
-        self.gains = gains or [[1.0] * (module_state.place.num_heads or 1) for module_state in states]
-        self.entropy = None
+        attributes = stored["attributes"] if isinstance(stored, dict) else {}
+        start = [[1.0] * (module_state.place.num_heads or 1) for module_state in states]
+        self.gains, self.entropy = attributes.get("gains", start), attributes.get("entropy")
         self._apply(states)
         for base in transformers_models(model).values():
             record = {"target_entropy": self.target_entropy, "interval": self.interval}
