@@ -44,9 +44,9 @@ import torch
 from datasets import DatasetDict
 from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
-from shared.data import check_columns, hold_out
+from shared.data import check_columns, draw_training_rows, hold_out, sample_counts
 from shared.documentation import DOCUMENTATION, documentation_text
-from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
+from shared.evaluation import LastEvaluation, evaluate_on_test, final_evaluation, measure_attention
 from shared.lora import LoraArguments, add_adapters, check_base
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_base(model_args, attention)
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = load_data(data_args)
+            data = draw_training_rows(load_data(data_args), data_args, training_args.seed)
             tokenizer = load_tokenizer(model_args, data["train"][data_args.text_column])
         model = load_model(model_args, attention, tokenizer, data_args.block_size)
         parser.cap(data_args, "block_size", longest_text(model))
@@ -247,8 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline = unigram_perplexity(packed, len(tokenizer))
     eval_tokens = sum(map(len, packed["validation"]["input_ids"])) - len(packed["validation"])
     metrics: dict[str, Any] = {
-        "train_samples": len(packed["train"]),
-        "eval_samples": len(packed["validation"]),
+        **sample_counts(packed),
         "eval_tokens": eval_tokens,
         "unigram_perplexity": baseline,
     }
@@ -266,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{metrics['eval_perplexity']:.2f} (frequencies of the tokens alone: {baseline:.2f})"
             )
             results["evaluated on"] = f"{eval_tokens} held-out tokens"
+        if "test" in data and training_args.do_predict:
+            metrics |= evaluate_on_test(trainer, packed["test"])
 
         finish(trainer, parser, "Language modeling", DOCUMENTATION, metrics, results, attention=attention_weights)
 

@@ -44,11 +44,25 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
-from shared.arguments import ModelArguments, RunArguments, check_path
+from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
-from shared.data import DatasetArguments, check_columns, encode_classes, hold_out, load_from_hub, load_local
-from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
-from shared.images import check_images
+from shared.data import (
+    check_columns,
+    draw_training_rows,
+    encode_classes,
+    hold_out,
+    load_from_hub,
+    sample_counts,
+)
+from shared.evaluation import (
+    EvaluationArguments,
+    LastEvaluation,
+    evaluate_classifier_on_test,
+    final_evaluation,
+    measure_classifier,
+)
+from shared.images import check_images, load_image_folders
+from shared.labels import LabelledArguments, add_label_noise
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -85,15 +99,17 @@ class ImageModelArguments(ModelArguments):
 
 
 @dataclass
-class ImageDataArguments(DatasetArguments):
+class ImageDataArguments(LabelledArguments):
     train_dir: str | None = field(
         default=None, metadata={"help": "Folder of training images, with one subfolder per class."}
     )
     validation_dir: str | None = field(
         default=None, metadata={"help": "Folder of evaluation images; by default a share of --train_dir is held out."}
     )
+    test_dir: str | None = field(
+        default=None, metadata={"help": "Folder to test the trained model on, once; by default it is not tested."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the classes."})
 
 
 @dataclass
@@ -124,12 +140,13 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
     """Loads and checks the images, and holds some out for evaluation."""
     if arguments.dataset_name and arguments.train_dir:
         raise ValueError("--dataset_name and --train_dir both name the data to train on: give one of them.")
-    if arguments.validation_dir and not arguments.train_dir:
-        raise ValueError("--validation_dir needs --train_dir, which is missing.")
+    for flag in ("validation_dir", "test_dir"):
+        if getattr(arguments, flag) and not arguments.train_dir:
+            raise ValueError(f"--{flag} needs --train_dir, which is missing.")
     if arguments.dataset_name:
         data = load_from_hub(arguments)
     elif arguments.train_dir:
-        data = load_image_folders(arguments.train_dir, arguments.validation_dir)
+        data = load_image_folders(arguments.train_dir, arguments.validation_dir, arguments.test_dir)
     else:
         data = DatasetDict(train=digits())
     check_columns(data, {"--image_column": arguments.image_column, "--label_column": arguments.label_column})
@@ -137,15 +154,6 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
         data = DatasetDict({split: encoded_images(rows, arguments.image_column) for split, rows in data.items()})
     data = encode_classes(data, arguments.label_column)
     return hold_out(data, arguments, stratify_by_column=arguments.label_column)
-
-
-def load_image_folders(train_dir: str, validation_dir: str | None) -> DatasetDict:
-    """Loads one folder of images per class."""
-    check_path("--train_dir", train_dir, is_local=True)
-    check_path("--validation_dir", validation_dir, is_local=True)
-    files = {"--train_dir": f"{train_dir}/**", "--validation_dir": f"{validation_dir}/**" if validation_dir else None}
-    # By default, imagefolder drops the labels if the two folders are at different depths.
-    return load_local("imagefolder", files, drop_labels=False)
 
 
 def digits() -> Dataset:
@@ -216,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = load_data(data_args)
+            data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
+            data, noise = add_label_noise(data, data_args, training_args.seed)
         processor = load_image_processor(model_args)
         model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
         with naming_flag("--model_name_or_path"):
@@ -237,11 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     baseline = majority_accuracy(data, data_args.label_column)
-    metrics: dict[str, Any] = {
-        "train_samples": len(data["train"]),
-        "eval_samples": len(data["validation"]),
-        "majority_accuracy": baseline,
-    }
+    metrics: dict[str, Any] = {**sample_counts(data), **noise, "majority_accuracy": baseline}
     results = {"data": data_args.dataset_name or data_args.train_dir or DIGITS}
     evaluation = None
     with owning_output_dir(parser, training_args) as checkpoint:
@@ -255,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluation = measure_classifier(trainer, evaluation_args, normalization)
             results["accuracy"] = f"{metrics['eval_accuracy']:.4f} (always the most frequent class: {baseline:.4f})"
             results["evaluated on"] = f"{len(data['validation'])} held-out images"
+        if "test" in data and training_args.do_predict:
+            metrics |= evaluate_classifier_on_test(trainer, data["test"], evaluation)
 
         finish(trainer, parser, "Image classification", DIGITS, metrics, results, evaluation)
 

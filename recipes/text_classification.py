@@ -39,9 +39,16 @@ import numpy as np
 from datasets import DatasetDict
 from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
-from shared.data import check_columns, encode_classes, hold_out
+from shared.data import check_columns, draw_training_rows, encode_classes, hold_out, sample_counts
 from shared.documentation import DOCUMENTATION, documentation_topics
-from shared.evaluation import EvaluationArguments, LastEvaluation, final_evaluation, measure_classifier
+from shared.evaluation import (
+    EvaluationArguments,
+    LastEvaluation,
+    evaluate_classifier_on_test,
+    final_evaluation,
+    measure_classifier,
+)
+from shared.labels import LabelledArguments, add_label_noise
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -76,12 +83,11 @@ class TextModelArguments(ModelArguments):
 
 
 @dataclass
-class TextDataArguments(FileArguments):
+class TextDataArguments(FileArguments, LabelledArguments):
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     text_pair_column: str | None = field(
         default=None, metadata={"help": "Column of the second texts, to classify pairs."}
     )
-    label_column: str = field(default="label", metadata={"help": "Column of the classes."})
     max_length: int = field(
         default=128,
         metadata={
@@ -214,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = load_data(data_args)
+            data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
+            data, noise = add_label_noise(data, data_args, training_args.seed)
             tokenizer = load_tokenizer(model_args, data_args, data)
         class_names = data["train"].features[data_args.label_column].names
         model = load_model(model_args, attention, class_names, tokenizer)
@@ -239,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     baseline = majority_baseline(data, data_args.label_column)
-    metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
+    metrics: dict[str, Any] = {**sample_counts(data), **noise}
     metrics |= {f"majority_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or DOCUMENTATION}
     evaluation = None
@@ -254,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, value in baseline.items():
                 results[name] = f"{metrics[f'eval_{name}']:.4f} (always the most frequent class: {value:.4f})"
             results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+        if "test" in data and training_args.do_predict:
+            metrics |= evaluate_classifier_on_test(trainer, tokenized["test"], evaluation)
 
         finish(trainer, parser, "Text classification", DOCUMENTATION, metrics, results, evaluation)
 

@@ -44,7 +44,8 @@ from datasets import Dataset, DatasetDict
 from shared.arguments import ModelArguments, RunArguments, check_at_least_one
 from shared.checkpoints import accept_saved_weights
 from shared.cldr import CLDR, cldr_pairs
-from shared.evaluation import LastEvaluation, final_evaluation, measure_attention
+from shared.data import draw_training_rows, sample_counts
+from shared.evaluation import LastEvaluation, evaluate_on_test, final_evaluation, measure_attention
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -226,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = load_pairs(data_args, cldr_pairs)
+            data = draw_training_rows(load_pairs(data_args, cldr_pairs), data_args, training_args.seed)
             tokenizer = load_tokenizer(model_args, data["train"], (data_args.source_column, data_args.target_column))
         model = load_model(model_args, attention, tokenizer)
         parser.cap(model_args, "max_length", longest_text(model))
@@ -250,8 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     baseline = scores(data["validation"][data_args.source_column], data["validation"][data_args.target_column])
-    metrics: dict[str, Any] = {"train_samples": len(data["train"]), "eval_samples": len(data["validation"])}
-    metrics |= {f"copy_{name}": value for name, value in baseline.items()}
+    metrics: dict[str, Any] = sample_counts(data) | {f"copy_{name}": value for name, value in baseline.items()}
     results = {"data": data_args.dataset_name or data_args.train_file or CLDR}
     attention_weights = None
     with owning_output_dir(parser, training_args) as checkpoint:
@@ -266,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, title in SCORES.items():
                     results[title] = f"{metrics[f'eval_{name}']:.1f} (copying the source: {baseline[name]:.1f})"
             results["evaluated on"] = f"{len(data['validation'])} held-out texts"
+        if "test" in data and training_args.do_predict:
+            metrics |= evaluate_on_test(trainer, tokenized["test"])
 
         finish(trainer, parser, "Translation", CLDR, metrics, results, attention=attention_weights)
 

@@ -16,6 +16,7 @@ from .tables import (
     attention_table,
     calibration_table,
     evaluation_metrics,
+    final_test_table,
     number,
     results_table,
     robustness_table,
@@ -57,6 +58,7 @@ def build_card(content: CardContent) -> ModelCard:
         samples=_table(
             ("Part", "Samples"), {name: content.metrics.get(f"{key}_samples") for key, name in _PARTS.items()}
         ),
+        tested=final_test_table(content.metrics),
         results=results_table(content.metrics),
         calibration=calibration_table(content.metrics),
         robustness=robustness_table(content.metrics),
@@ -123,7 +125,7 @@ def check_card(card: ModelCard, folder: Path) -> None:
                 ) from error
 
 
-_PARTS = {"train": "Training", "eval": "Evaluation"}
+_PARTS = {"train": "Training", "eval": "Evaluation", "test": "Test"}
 
 
 def _metadata(content: CardContent) -> ModelCardData:
@@ -182,7 +184,11 @@ def _describe_data(data: Data) -> str:
         return ""
     name = _cell(data.name or data.repo_id)
     name = f"[{name}](https://huggingface.co/datasets/{data.repo_id})" if data.repo_id else name
-    details = {"configuration": data.config, "evaluated on the split": data.split}
+    details = {
+        "configuration": data.config,
+        "evaluated on the split": data.split,
+        "tested on the split": data.test_split,
+    }
     described = [name, *(f"{title} `{value}`" for title, value in details.items() if value)]
     return ", ".join([*described, f"a random subset of {data.subset} samples"] if data.subset else described)
 

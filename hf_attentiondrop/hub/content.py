@@ -18,6 +18,7 @@ class Data:
         split (`str`, *optional*): the evaluation split.
         benchmark_task (`str`, *optional*):
             The evaluated task, if the data set is a benchmark on the Hub; its `eval.yaml` lists the tasks.
+        test_split (`str`, *optional*): the split of the final test.
         subset (`int`, *optional*): the size of the random subset of the split that was evaluated, if not all of it.
     """
 
@@ -26,6 +27,7 @@ class Data:
     config: str | None = None
     split: str | None = None
     benchmark_task: str | None = None
+    test_split: str | None = None
     subset: int | None = None
 
 
@@ -47,7 +49,9 @@ class CardContent:
         language, license (`str`, *optional*), tags (`tuple[str, ...]`): metadata in the format of the Hub.
         data ([`Data`]): training and evaluation data.
         metrics (`Mapping[str, Any]`):
-            Metrics with the names of a Trainer, and the nested `calibration`, `robustness` and `attention`.
+            Metrics with the names of a Trainer, those of a final test with the prefix `test_`, and the nested
+            `calibration`, `robustness` and `attention`. For training labels that were replaced at random,
+            `label_noise`, the probability, and `changed_labels`, their number.
         plots (`tuple[str, ...]`): images, as paths relative to the card.
         training, environment (`Mapping[str, str]`): settings and versions.
     """

@@ -55,6 +55,7 @@ def describe_run(
     dataset_tags: str | None = None,
     dataset_args: str | None = None,
     dataset_split: str | None = None,
+    dataset_test_split: str | None = None,
     benchmark_task: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     plots: Iterable[str | Path] = (),
@@ -70,9 +71,8 @@ def describe_run(
             Id on the Hub of the model that this one began as; found out where it was loaded by that id.
         tasks (`str`, *optional*): the Hub's name of the task; found out for the common heads.
         dataset (`str`, *optional*): the data in words.
-        dataset_tags (`str`, *optional*): its id on the Hub.
-        dataset_args (`str`, *optional*): its configuration.
-        dataset_split (`str`, *optional*): the split that was evaluated on.
+        dataset_tags, dataset_args (`str`, *optional*): its id on the Hub, and its configuration.
+        dataset_split, dataset_test_split (`str`, *optional*): the splits of the evaluation and of a final test.
         benchmark_task (`str`, *optional*): the task of the benchmark that the data set is.
         metrics (`Mapping[str, Any]`, *optional*):
             See [`CardContent`]; by default those that the Trainer logged last of the model as it is.
@@ -91,7 +91,7 @@ def describe_run(
         _measured_by(trainer) if metrics is None else metrics,
         name=model_name or (named or folder.resolve().name).split("/")[-1],
         processor=trainer.processing_class,
-        data=Data(dataset, dataset_tags, dataset_args, dataset_split, benchmark_task),
+        data=Data(dataset, dataset_tags, dataset_args, dataset_split, benchmark_task, dataset_test_split),
         base_model=finetuned_from,
         task=tasks,
         plots=plots,

@@ -44,19 +44,26 @@ HUB_METRICS = {
 }
 # Prefix of the metrics of a trivial predictor -> its name.
 BASELINES = {"majority": "most frequent class", "copy": "copied source", "unigram": "token frequencies"}
+# Ending of the calibration metrics of a test at the temperature that was fitted on the evaluation data.
+AFTER_TEMPERATURE = "_after_temperature"
 # Counts and times that an evaluation reports with its metrics.
 NOT_METRICS = ("samples", "tokens", "runtime", "model_preparation_time")
 
 
-def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+def evaluation_metrics(metrics: Mapping[str, Any], prefix: str = "eval") -> dict[str, float]:
     """The finite metrics of an evaluation, without prefix, counts and times.
+
+    Args:
+        metrics (`Mapping[str, Any]`): those of a run.
+        prefix (`str`, defaults to `"eval"`): of the evaluation; `"test"` for that on test data.
 
     Example:
 
     >>> evaluation_metrics({"eval_accuracy": 0.5, "eval_samples": 8, "eval_samples_per_second": 9.0, "epoch": 1.0})
     {'accuracy': 0.5}
     """
-    found = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+    prefix = f"{prefix}_"
+    found = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     return {
         name: value
         for name, value in found.items()
@@ -79,6 +86,28 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
         for name, value in results.items()
     ]
     return [("Metric", "This model", *map(str.capitalize, baselines.values())), *rows] if rows else []
+
+
+def final_test_table(metrics: Mapping[str, Any]) -> Table:
+    """The metrics of the final test, calibration included, with a column at the temperature that was fitted on the
+    evaluation data, if there are such metrics.
+
+    Example:
+
+    >>> metrics = {"test_accuracy": 0.5, "test_brier_score": 0.8, "test_brier_score_after_temperature": 0.7}
+    >>> for row in final_test_table(metrics):
+    ...     print(row)
+    ('Metric', 'This model', 'After temperature scaling, fitted on the evaluation data')
+    ('Accuracy', '0.5', '-')
+    ('Brier score', '0.8', '0.7')
+    """
+    found = evaluation_metrics(metrics, "test")
+    columns = {"This model": {name: value for name, value in found.items() if not name.endswith(AFTER_TEMPERATURE)}}
+    if after := {name.removesuffix(AFTER_TEMPERATURE): found[name] for name in found.keys() - columns["This model"]}:
+        columns["After temperature scaling, fitted on the evaluation data"] = after
+    names = columns["This model"]
+    rows = [(title_of(name), *(number(values.get(name)) for values in columns.values())) for name in names]
+    return [("Metric", *columns), *rows] if rows else []
 
 
 def calibration_table(metrics: Mapping[str, Any]) -> Table:

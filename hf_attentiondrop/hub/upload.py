@@ -49,7 +49,7 @@ class ModelCardMixin(TrainerBase):
         Args:
             kwargs:
                 See [`describe_run`]: the arguments of [`~transformers.Trainer.create_model_card`], `dataset_split`,
-                `benchmark_task`, `metrics` and `plots`.
+                `dataset_test_split`, `benchmark_task`, `metrics` and `plots`.
         """
         if self.is_world_process_zero():
             write_card(describe_run(self, **kwargs), self.args.output_dir)

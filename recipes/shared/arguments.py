@@ -82,6 +82,9 @@ class RunArguments:
 
     do_train: bool = field(default=True, metadata={"help": "Train the model; false only evaluates it."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
+    do_predict: bool = field(
+        default=True, metadata={"help": "Test at the end, if there are test data; false only holds them out."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})

@@ -1,8 +1,10 @@
 """Loading and checking the data of a recipe."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from hf_attentiondrop.cli.flags import naming_flag
@@ -13,6 +15,10 @@ from .arguments import check_at_least_one, check_path
 
 # Held-out samples and subsets do not depend on --seed, so that runs can be compared.
 SPLIT_SEED = 0
+# Second entries of the seeds of what --seed draws, so that one draw does not change another.
+ROWS, LABELS = 1, 2
+# Split to its name in the metrics, in the order of the flags that name files.
+SPLITS = {"train": "train", "validation": "eval", "test": "test"}
 
 
 @dataclass
@@ -33,21 +39,44 @@ class DatasetArguments:
     validation_fraction: float = field(
         default=0.2, metadata={"help": "Share of the training split to hold out if there is no validation split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training samples."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to test the trained model on, once; by default it is not tested."}
+    )
+    test_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training split to hold out as test data before anything else; the same rows for "
+            "every --seed."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Maximum number of training samples; the same ones for every --seed."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of evaluation samples."})
+    train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of training samples to draw by --seed, with the classes in proportion, after "
+            "--max_train_samples. Runs with the same seed train on the same ones."
+        },
+    )
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "max_train_samples", "max_eval_samples")
+        check_at_least_one(self, "max_train_samples", "max_eval_samples", "train_samples")
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"--test_fraction: expected a share in [0, 1), got {self.test_fraction}.")
+        if self.test_split and not self.dataset_name:
+            raise ValueError("--test_split needs --dataset_name, which is missing, and would have no effect.")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
     """Loads the data set of `--dataset_name`.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train`, and `validation` if there is such a split.
+        [`~datasets.DatasetDict`]: `train`, `validation` if there is such a split, and `test` if it is named.
 
     Raises:
-        ValueError: if the data set or the split does not exist.
+        ValueError: if the data set or a split does not exist, or the test split is used for anything else.
     """
     check_path("--dataset_name", arguments.dataset_name)
     name = arguments.dataset_name
@@ -56,6 +85,9 @@ def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
     names = {"train": arguments.train_split}
     if arguments.validation_split or "validation" in splits:
         names["validation"] = arguments.validation_split or "validation"
+    if arguments.test_split:
+        check_separate("--test_split", arguments.test_split, *names.values())
+        names["test"] = arguments.test_split
     for key, name in names.items():
         if name not in splits:
             raise ValueError(
@@ -70,14 +102,14 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
     Args:
         builder (`str`): name of the `datasets` builder, such as `"imagefolder"`.
         files (`dict[str, str | None]`):
-            Flag to path or pattern, first of the training files, then of the evaluation files.
+            Flag to path or pattern, first of the training files, then of the evaluation and of the test files.
         options: further arguments of [`~datasets.load_dataset`].
 
     Raises:
         ValueError: if a split cannot be read.
     """
     given = {flag: path for flag, path in files.items() if path is not None}
-    splits = dict(zip(("train", "validation"), given.values(), strict=False))
+    splits = {split: path for split, path in zip(SPLITS, files.values(), strict=False) if path is not None}
     try:
         with naming_flag(" and ".join(given)):
             return load_splits(", ".join(splits.values()), builder, data_files=splits, **options)
@@ -87,6 +119,24 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
             with naming_flag(flag):
                 load_splits(path, builder, data_files=path, **options)
         raise
+
+
+def check_separate(flag: str, test: str | None, *others: str | None) -> None:
+    """Checks that the test data are not also trained or evaluated on.
+
+    Args:
+        flag (`str`): flag that names the test data.
+        test (`str`, *optional*): a path, or a split.
+        others (`str`, *optional*): the paths or splits of the other data.
+
+    Raises:
+        ValueError: if one of them is that of the test data.
+    """
+    if test is not None and Path(test).resolve() in [Path(other).resolve() for other in others if other is not None]:
+        raise ValueError(
+            f"{flag}: expected data for the test alone, got {test}, which the run also trains or evaluates on: the "
+            "model would look better than it is. Name other data, or leave the flag out."
+        )
 
 
 def check_columns(data: DatasetDict, columns: dict[str, str]) -> None:
@@ -135,14 +185,69 @@ def encode_classes(data: DatasetDict, column: str) -> DatasetDict:
 
 
 def hold_out(data: DatasetDict, arguments: DatasetArguments, stratify_by_column: str | None = None) -> DatasetDict:
-    """Holds out a validation split if there is none, and limits the number of samples."""
+    """Holds out a test split with `--test_fraction`, then a validation split if there is none, and limits the number
+    of training and validation samples.
+
+    Raises:
+        ValueError: if there are test data already, or too few rows of a class to hold some out.
+    """
+    fractions = {"test": arguments.test_fraction} if arguments.test_fraction else {}
+    if fractions and "test" in data:
+        raise ValueError("--test_fraction: expected no other test data, another flag names some: give one of them.")
     if "validation" not in data:
-        parts = data["train"].train_test_split(
-            arguments.validation_fraction, seed=SPLIT_SEED, stratify_by_column=stratify_by_column
-        )
-        data = DatasetDict(train=parts["train"], validation=parts["test"])
+        fractions["validation"] = arguments.validation_fraction
+    splits = dict(data)
+    for split, fraction in fractions.items():
+        parts = splits["train"].train_test_split(fraction, seed=SPLIT_SEED, stratify_by_column=stratify_by_column)
+        splits |= {"train": parts["train"], split: parts["test"]}
     limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
-    return DatasetDict({split: _subset(data[split], limit) for split, limit in limits.items()})
+    return DatasetDict({split: _subset(splits[split], limits.get(split)) for split in SPLITS if split in splits})
+
+
+def draw_training_rows(
+    data: DatasetDict, arguments: DatasetArguments, seed: int, label_column: str | None = None
+) -> DatasetDict:
+    """Draws the training rows of `--train_samples`; without the flag, returns the data as they are.
+
+    The draw depends on the seed alone, so runs of different methods with the same seed train on the same rows. With
+    classes, each has at least one row, and otherwise its share. The rows keep their order, and those of a smaller
+    number are among those of a larger one.
+
+    Args:
+        data ([`~datasets.DatasetDict`]): the splits.
+        arguments ([`DatasetArguments`]): of the recipe.
+        seed (`int`): that of the run.
+        label_column (`str`, *optional*): the column of the classes.
+
+    Raises:
+        ValueError: if there are fewer rows, or more classes.
+    """
+    count = arguments.train_samples
+    if count is None:
+        return data
+    train = data["train"]
+    labels = np.array(train[label_column]) if label_column else np.zeros(len(train))
+    classes = np.unique(labels)
+    if not len(classes) <= count <= len(train):
+        raise ValueError(
+            f"--train_samples: expected a number from {len(classes)}, one sample per class, to {len(train)}, all "
+            f"training data, got {count}."
+            if label_column
+            else f"--train_samples: expected at most {len(train)}, all training data, got {count}."
+        )
+    order = np.random.default_rng([seed, ROWS]).permutation(len(train))
+    # The position of each row within its class, as a fraction of the class: the first rows by it have all classes.
+    position = np.empty(len(train))
+    for label in classes:
+        members = order[labels[order] == label]
+        position[members] = np.arange(len(members)) / len(members)
+    chosen = order[np.argsort(position[order], kind="stable")[:count]]
+    return DatasetDict({**data, "train": train.select(np.sort(chosen))})
+
+
+def sample_counts(data: DatasetDict) -> dict[str, int]:
+    """The number of samples of each split, as the metrics name it: `train_samples`, `eval_samples`, `test_samples`."""
+    return {f"{SPLITS[split]}_samples": len(rows) for split, rows in data.items()}
 
 
 def _subset(dataset: Dataset, limit: int | None) -> Dataset:

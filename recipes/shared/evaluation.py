@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_attentiondrop.evaluation.calibration import calibration_metrics
 from hf_attentiondrop.evaluation.classifier import ATTENTION_SAMPLES, ClassifierEvaluation, evaluate_classifier
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attention_statistics
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
@@ -72,6 +75,33 @@ def measure_classifier(
         normalization=normalization,
         seed=trainer.args.seed,
     )
+
+
+def evaluate_on_test(trainer: Trainer, dataset: Dataset) -> dict[str, float]:
+    """The metrics of the trained model on the test data, with the prefix `test_`."""
+    return trainer.predict(dataset, metric_key_prefix="test").metrics
+
+
+def evaluate_classifier_on_test(
+    trainer: Trainer, dataset: Dataset, evaluation: ClassifierEvaluation | None
+) -> dict[str, float]:
+    """The metrics of the trained classifier on the test data, with the prefix `test_`, and its calibration.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): of the classifier.
+        dataset ([`~datasets.Dataset`]): the test data.
+        evaluation ([`ClassifierEvaluation`], *optional*):
+            Of the validation data. If it has a temperature, the calibration at that temperature is measured too, as
+            metrics that end in `_after_temperature`.
+    """
+    output = trainer.predict(dataset, metric_key_prefix="test")
+    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    logits, labels = torch.as_tensor(predictions), torch.as_tensor(output.label_ids)
+    metrics = {f"test_{name}": value for name, value in calibration_metrics(logits, labels).items()}
+    if evaluation is not None and "temperature" in evaluation.metrics["calibration"]:
+        scaled = calibration_metrics(logits / evaluation.metrics["calibration"]["temperature"], labels)
+        metrics |= {f"test_{name}_after_temperature": value for name, value in scaled.items()}
+    return {**output.metrics, **metrics}
 
 
 def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:

@@ -1,4 +1,4 @@
-"""Checks that all images can be read."""
+"""Folders of images, and a check that all images can be read."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,8 +12,22 @@ from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.images import read_image
 from hf_attentiondrop.evaluation.reading import read_value
 
+from .arguments import check_path
+from .data import check_separate, load_local
+
 
 CHUNK = 64
+
+
+def load_image_folders(train_dir: str, validation_dir: str | None, test_dir: str | None) -> DatasetDict:
+    """Loads one folder of images per class."""
+    folders = {"--train_dir": train_dir, "--validation_dir": validation_dir, "--test_dir": test_dir}
+    for flag, folder in folders.items():
+        check_path(flag, folder, is_local=True)
+    check_separate("--test_dir", test_dir, train_dir, validation_dir)
+    files = {flag: f"{folder}/**" if folder else None for flag, folder in folders.items()}
+    # By default, imagefolder drops the labels if the two folders are at different depths.
+    return load_local("imagefolder", files, drop_labels=False)
 
 
 def check_images(data: DatasetDict, column: str, channels: int) -> None:

@@ -19,6 +19,7 @@ from hf_attentiondrop.attention.dropout import dropout_of
 from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
 from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE
+from hf_attentiondrop.hub.tables import HUB_METRICS, evaluation_metrics
 
 from .checkpoints import find_checkpoint
 from .parser import RecipeParser
@@ -104,6 +105,9 @@ def finish(
             results["robust accuracy"] = f"{row['accuracy']:.4f} {under}"
     elif attention:
         metrics["attention"] = {stack: measured.metrics() for stack, measured in attention.items()}
+    for name, value in evaluation_metrics(metrics, "test").items():
+        if name in HUB_METRICS:
+            results = {**results, f"test {name}": f"{value:.4f} (on {metrics['test_samples']} samples)"}
     metrics["dropout"] = dropout_of(trainer.model.config)
     if (p := hf_attentiondrop.dropconnect_of(trainer.model)) is not None:
         metrics["dropconnect"] = p
@@ -127,16 +131,19 @@ def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
             "dataset_tags": name,
             "dataset_args": values["dataset_config_name"],
             "dataset_split": values["validation_split"],
+            "dataset_test_split": values["test_split"],
         }
     # Only the last part of a path: the rest is specific to the machine.
-    train, validation = (
+    train, validation, test = (
         Path(local).resolve().name if local else None
         for local in (
             name or values.get("train_file") or values.get("train_dir"),
             values.get("validation_file") or values.get("validation_dir"),
+            values.get("test_file") or values.get("test_dir"),
         )
     )
-    return {"dataset": f"{train}, evaluated on {validation}" if validation else train or built_in}
+    parts = [train or built_in, validation and f"evaluated on {validation}", test and f"tested on {test}"]
+    return {"dataset": ", ".join(filter(None, parts))}
 
 
 def describe_attention(model: PreTrainedModel) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_attentiondrop.evaluation.reading import READERS, reader_of
 
 from .arguments import check_path
-from .data import DatasetArguments, load_from_hub, load_local
+from .data import DatasetArguments, check_separate, load_from_hub, load_local
 
 
 FILE_ENDINGS = (*(f".{suffix}" for suffix in READERS), ".txt")
@@ -31,17 +31,21 @@ class FileArguments(DatasetArguments):
     validation_file: str | None = field(
         default=None, metadata={"help": "File to evaluate on; by default a share of --train_file is held out."}
     )
+    test_file: str | None = field(
+        default=None, metadata={"help": "File to test the trained model on, once; by default it is not tested."}
+    )
 
 
 def load_text_data(arguments: FileArguments, built_in: Callable[[], Dataset]) -> DatasetDict:
-    """Loads the data set of `--dataset_name`, the files of `--train_file` and `--validation_file`, or built-in data.
+    """Loads the data set of `--dataset_name`, the files of `--train_file`, `--validation_file` and `--test_file`, or
+    built-in data.
 
     Args:
         arguments ([`FileArguments`]): of the recipe.
         built_in (`Callable`): returns the data for a run without arguments, which needs no download.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train`, and `validation` if there is such data.
+        [`~datasets.DatasetDict`]: `train`, and `validation` and `test` if there are such data.
 
     Raises:
         ValueError: if the arguments contradict each other, or the data cannot be read.
@@ -49,25 +53,28 @@ def load_text_data(arguments: FileArguments, built_in: Callable[[], Dataset]) ->
     """
     if arguments.dataset_name and arguments.train_file:
         raise ValueError("--dataset_name and --train_file both name the data to train on: give one of them.")
-    if arguments.validation_file and not arguments.train_file:
-        raise ValueError("--validation_file needs --train_file, which is missing.")
+    for flag in ("validation_file", "test_file"):
+        if getattr(arguments, flag) and not arguments.train_file:
+            raise ValueError(f"--{flag} needs --train_file, which is missing.")
     if arguments.dataset_name:
         return load_from_hub(arguments)
     if arguments.train_file:
-        return load_files(arguments.train_file, arguments.validation_file)
+        return load_files(arguments.train_file, arguments.validation_file, arguments.test_file)
     return DatasetDict(train=built_in())
 
 
-def load_files(train_file: str, validation_file: str | None) -> DatasetDict:
+def load_files(train_file: str, validation_file: str | None, test_file: str | None) -> DatasetDict:
     """Reads one file per split, all of the same type. In a txt file, empty lines separate the texts."""
-    files = {"--train_file": train_file, "--validation_file": validation_file}
+    files = {"--train_file": train_file, "--validation_file": validation_file, "--test_file": test_file}
     for flag, path in files.items():
         check_path(flag, path, is_local=True)
         if path is not None and Path(path).suffix.lower() not in FILE_ENDINGS:
             raise ValueError(f"{flag}: expected a file that ends in {', '.join(FILE_ENDINGS)}, got {path}.")
     suffix = Path(train_file).suffix
-    if validation_file and Path(validation_file).suffix != suffix:
-        raise ValueError(f"--validation_file: expected a {suffix} file, as --train_file is, got {validation_file}.")
+    for flag, path in files.items():
+        if path and Path(path).suffix != suffix:
+            raise ValueError(f"{flag}: expected a {suffix} file, as --train_file is, got {path}.")
+    check_separate("--test_file", test_file, train_file, validation_file)
     builder, options = reader_of(train_file) or TEXT_BUILDER
     return load_local(builder, files, **options)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .arguments import check_path
-from .data import check_columns, hold_out, load_local
+from .data import check_columns, check_separate, hold_out, load_local
 from .text import FileArguments, check_text, load_text_data
 
 
@@ -24,6 +24,9 @@ class TranslationDataArguments(FileArguments):
     validation_target_file: str | None = field(
         default=None, metadata={"help": "For a --validation_file in txt: another one, with its lines translated."}
     )
+    test_target_file: str | None = field(
+        default=None, metadata={"help": "For a --test_file in txt: another one, with its lines translated."}
+    )
     source_column: str = field(default="source", metadata={"help": "Column to translate from, such as en."})
     target_column: str = field(default="target", metadata={"help": "Column to translate to, such as de."})
 
@@ -36,14 +39,15 @@ def load_pairs(arguments: TranslationDataArguments, built_in: Callable[[str, str
         built_in (`Callable`): returns the data for a run without arguments, given the names of its two columns.
 
     Returns:
-        [`~datasets.DatasetDict`]: `train` and `validation`. No held-out source is in the training data.
+        [`~datasets.DatasetDict`]: `train`, `validation`, and `test` if there are such data. No source that was held
+        out is in the training data.
 
     Raises:
         FileNotFoundError: if a file does not exist.
         ValueError: if the arguments contradict each other, or the data has no pairs of texts.
     """
     source, target = arguments.source_column, arguments.target_column
-    if arguments.train_target_file or arguments.validation_target_file:
+    if arguments.train_target_file or arguments.validation_target_file or arguments.test_target_file:
         data = _load_lines(arguments)
     else:
         data = _unnest(load_text_data(arguments, lambda: built_in(source, target)))
@@ -51,13 +55,13 @@ def load_pairs(arguments: TranslationDataArguments, built_in: Callable[[str, str
     check_columns(data, columns)
     for flag, column in columns.items():
         check_text(data, flag, column)
-    if "validation" not in data:
-        data = DatasetDict(train=drop_repeated(data["train"], source))
+    if "validation" not in data or arguments.test_fraction:
+        data = DatasetDict({**data, "train": drop_repeated(data["train"], source)})
     return hold_out(data, arguments)
 
 
 def drop_repeated(dataset: Dataset, column: str) -> Dataset:
-    """Keeps the first row of each text, so that none is in both splits."""
+    """Keeps the first row of each text, so that none is in two splits."""
     first: dict[str, int] = {}
     for row, text in enumerate(dataset[column]):
         first.setdefault(text, row)
@@ -70,6 +74,9 @@ def _load_lines(arguments: TranslationDataArguments) -> DatasetDict:
     files = {"train": (arguments.train_file, arguments.train_target_file)}
     if arguments.validation_file or arguments.validation_target_file:
         files["validation"] = (arguments.validation_file, arguments.validation_target_file)
+    if arguments.test_file or arguments.test_target_file:
+        files["test"] = (arguments.test_file, arguments.test_target_file)
+        check_separate("--test_file", arguments.test_file, arguments.train_file, arguments.validation_file)
     return DatasetDict({split: _pair_lines(split, *pair, arguments) for split, pair in files.items()})
 
 
