@@ -1,5 +1,6 @@
 """Shared by all tests: one thread per process, a fixed seed, no access to the Hub, and Triton without a GPU."""
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cache, partial
@@ -26,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         quick = item.get_closest_marker("quick")
         if quick is not None and item.name not in quick.args:
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_garbage_collection() -> None:
+    """Leaves out what lives already: the Trainer collects garbage after each training, and walks a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
