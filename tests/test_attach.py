@@ -382,7 +382,8 @@ def test_gradient_checkpointing_changes_nothing(family: str, name: str, use_reen
 def test_training_compiles_in_one_graph(family: str, name: str) -> None:
     require_one_graph(family)
     batch = inputs(family, padding=None if family == "vit" else "left")
-    model = randomise(build_reweighted(family, name)).train()
+    layers = ["encoder_layers", "decoder_layers"] if family == "marian" else ["num_hidden_layers"]
+    model = randomise(build_reweighted(family, name, **dict.fromkeys(layers, 1))).train()
     other = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
@@ -400,7 +401,7 @@ def test_training_compiles_in_one_graph(family: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_compile_and_gradient_checkpointing_together_update_once() -> None:
-    model, batch = randomise(build_reweighted("llama")).train(), inputs("llama")
+    model, batch = randomise(build_reweighted("llama", num_hidden_layers=1)).train(), inputs("llama")
     other = copy.deepcopy(model)
     enable_checkpointing(other, use_reentrant=False)
     torch._dynamo.reset()
