@@ -1,8 +1,11 @@
 """Helpers that run a recipe: as a program, as a module, with bad input, and once for all tests that only read."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +34,8 @@ SMALL = {
     "translation": ["--num_layers", "1", "--predict_with_generate", "false", "--max_train_samples", "300"],
     "causal_lm": ["--num_hidden_layers", "1", "--max_train_samples", "200"],
 }
+# For runs whose evaluation does not matter: it takes most of a run of few steps, its plots above all.
+NO_EVALUATION = ["--do_eval", "false", "--eval_strategy", "no"]
 ROBUSTNESS_SAMPLES = {"image_classification": 9, "text_classification": 5}
 
 
@@ -47,6 +52,17 @@ def launch(*command: str | Path, cwd: Path | None = None) -> subprocess.Complete
     result = run("-m", "accelerate.commands.launch", *command, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def run_program(name: str, folder: Path, *flags: str) -> str:
+    """Runs the file of a recipe as a program does, within this process and in a folder; returns what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(RECIPES)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

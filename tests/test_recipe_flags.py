@@ -11,16 +11,20 @@ from transformers import AutoModelForCausalLM, CTRLConfig, MambaConfig
 
 from hf_attentiondrop import AttentionDropConfig
 
-from .recipe_runs import error_line, load, read_json, run_with_file
+from .recipe_runs import NO_EVALUATION, error_line, load, read_json
 
 
-QUICK = ["--max_steps", "1", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+QUICK = ["--max_steps", "1", "--consistency_weight", "0", "--num_hidden_layers", "1", *NO_EVALUATION]
 HARD = {"variant": "hard", "p": 0.2, "k": 3}
 
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("text_classification", monkeypatch)
+
+
+def argument_types(recipe: ModuleType) -> tuple[type, ...]:
+    return recipe.TextModelArguments, recipe.TextDataArguments, recipe.TextTrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -61,10 +65,16 @@ def test_file_settings_apply_only_to_the_method_of_the_file(
     expected: dict[str, Any] | None,
     left_out: str | None,
 ) -> None:
-    folder = run_with_file(recipe, tmp_path, settings, *QUICK, *flags)
+    from shared.output import RUN_FILE, write_record
+
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    parser = recipe.RecipeParser("", argument_types(recipe))
+    attention = parser.parse(["--config", str(file), *flags], recipe.defaults)[-1]
     drop = None if expected is None else AttentionDropConfig(**expected)
-    assert read_json(folder / "config.json").get("attention_drop") == (drop and drop.to_dict())
-    record = yaml.safe_load((folder / "run.yaml").read_text())
+    assert attention["attention_drop"] == drop
+    write_record(parser, str(tmp_path), {})
+    record = yaml.safe_load((tmp_path / RUN_FILE).read_text())
     assert {name: record[name] for name in ("p", "k", "layers") if name in record} == (
         {name: value for name, value in drop.to_dict().items() if name in ("p", "k", "layers") and value is not None}
         if drop
@@ -73,15 +83,14 @@ def test_file_settings_apply_only_to_the_method_of_the_file(
     notes = [line for line in capsys.readouterr().err.splitlines() if ": note: " in line]
     assert len(notes) == (left_out is not None)
     if left_out is not None:
-        assert f"do not apply: {left_out}. " in notes[0] and str(tmp_path / "config.yaml") in notes[0]
+        assert f"do not apply: {left_out}. " in notes[0] and str(file) in notes[0]
 
 
 def test_a_passed_default_of_transformers_is_recorded(recipe: ModuleType, tmp_path: Path) -> None:
     from shared.output import RUN_FILE, write_record
 
-    types = (recipe.TextModelArguments, recipe.TextDataArguments, recipe.TextTrainingArguments)
     for flags, expected in ((["--warmup_steps", "0"], 0), ([], 0.1)):
-        parser = recipe.RecipeParser("", types)
+        parser = recipe.RecipeParser("", argument_types(recipe))
         parser.parse(flags, recipe.defaults)
         write_record(parser, str(tmp_path), {})
         assert yaml.safe_load((tmp_path / RUN_FILE).read_text())["warmup_steps"] == expected
@@ -102,7 +111,7 @@ DROPOUT = {
 def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     recipe = load(name, monkeypatch)
     first, second = tmp_path / "first", tmp_path / "second"
-    quick = ["--max_steps", "1", "--max_eval_samples", "4", "--consistency_weight", "0", "--eval_strategy", "no"]
+    quick = ["--max_steps", "1", "--consistency_weight", "0", *NO_EVALUATION]
     quick += ["--num_layers" if name == "translation" else "--num_hidden_layers", "1", "--attn_implementation", "sdpa"]
     flags = ["--dropout", "0.25", "--attention_dropout", "0", "--dropconnect", "0.125"]
     recipe.main([*quick, *flags, "--output_dir", str(first)])

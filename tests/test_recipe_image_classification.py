@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, BertConfig
 from hf_attentiondrop import AttentionDropConfig
 from hf_attentiondrop.evaluation.pretrained import AutoImageProcessor
 
-from .recipe_runs import RECIPES, error_line, launch, load, run
+from .recipe_runs import NO_EVALUATION, RECIPES, error_line, launch, load, run
 
 
 pytestmark = pytest.mark.xdist_group("image_classification")
@@ -80,11 +80,11 @@ def data_set(folder: Path, labels: list, label_type: str) -> Path:
 
 @pytest.mark.slow
 def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
-    """A third of the run without arguments already classifies most digits."""
-    result = launch(RECIPES / "image_classification.py", "--num_train_epochs", "7", cwd=tmp_path)
+    """A quarter of the run without arguments already classifies most digits."""
+    result = launch(RECIPES / "image_classification.py", "--num_train_epochs", "5", cwd=tmp_path)
     folder = tmp_path / "runs" / "image_classification"
     metrics = read(folder, "metrics.json")
-    assert metrics["eval_accuracy"] >= 0.95
+    assert metrics["eval_accuracy"] >= 0.9
     assert metrics["eval_samples"] == 360
     assert f"{metrics['eval_accuracy']:.4f} (always the most frequent class: 0." in result.stdout
     assert metrics["majority_accuracy"] < 0.2 and "360 held-out images" in result.stdout
@@ -97,12 +97,12 @@ def test_shortened_run_without_data_learns(tmp_path: Path) -> None:
     images = [PILImage.fromarray(np.uint8(image * (255 / 16))).convert("RGB") for image in bunch.images]
     with torch.no_grad():
         predicted = model.eval()(**processor(images, return_tensors="pt")).logits.argmax(-1).numpy()
-    assert np.mean(predicted == bunch.target) > 0.95
+    assert np.mean(predicted == bunch.target) > 0.9
 
 
 def test_image_folders(recipe: ModuleType, folders: dict[str, Path], tmp_path: Path) -> None:
     flags = ["--train_dir", str(folders["train"]), "--validation_dir", str(folders["validation"])]
-    recipe.main([*flags, "--image_size", "8", "--patch_size", "4", "--max_steps", "2", "--output_dir", str(tmp_path)])
+    recipe.main([*flags, "--image_size", "8", "--patch_size", "4", "--max_steps", "1", "--output_dir", str(tmp_path)])
 
     metrics, counts = read(tmp_path, "metrics.json"), {name: count_images(folder) for name, folder in folders.items()}
     assert (metrics["train_samples"], metrics["eval_samples"]) == (counts["train"], counts["validation"])
@@ -123,7 +123,7 @@ def test_model_folder_is_fine_tuned_for_other_classes(
     recipe: ModuleType, folders: dict[str, Path], checkpoint: Path, tmp_path: Path
 ) -> None:
     flags = ["--model_name_or_path", str(checkpoint), "--train_dir", str(folders["train"]), "--learning_rate", "0"]
-    recipe.main([*flags, *QUICK, "--output_dir", str(tmp_path)])
+    recipe.main([*flags, *QUICK, *NO_EVALUATION, "--output_dir", str(tmp_path)])
     before, after = (AutoModelForImageClassification.from_pretrained(folder) for folder in (checkpoint, tmp_path))
     assert after.classifier.out_features == len(CLASSES)
     weights = after.vit.state_dict()
@@ -137,7 +137,7 @@ def test_data_set_with_other_columns(recipe: ModuleType, tmp_path: Path, label_t
     names = CLASSES if label_type == "string" else [70, 8, 9]
     folder = data_set(tmp_path / "data", [names[digit] for _, digit in some_digits()], label_type)
     flags = ["--dataset_name", str(folder), "--image_column", "img", "--label_column", "digit"]
-    recipe.main([*flags, *SMALL, "--output_dir", str(tmp_path / "out")])
+    recipe.main([*flags, *SMALL, *NO_EVALUATION, "--output_dir", str(tmp_path / "out")])
     assert set(read(tmp_path / "out", "config.json")["id2label"].values()) == {str(name) for name in names}
 
 
@@ -158,11 +158,12 @@ def test_held_out_digits_do_not_depend_on_the_seed(recipe: ModuleType) -> None:
 
 def test_attention_arguments_reach_the_model(recipe: ModuleType, tmp_path: Path) -> None:
     flags = ["--variant", "blur", "--sigma_max", "0.5", "--width", "3", "--layers", "0", "-1"]
-    recipe.main([*flags, "--num_hidden_layers", "3", *QUICK, "--output_dir", str(tmp_path / "drop")])
+    recipe.main([*flags, "--num_hidden_layers", "3", *QUICK, *NO_EVALUATION, "--output_dir", str(tmp_path / "drop")])
     config = AutoConfig.from_pretrained(tmp_path / "drop")
     assert config.attention_drop == AttentionDropConfig(variant="blur", sigma_max=0.5, width=3, layers=[0, -1])
 
-    recipe.main(["--attn_implementation", "sdpa", *SMALL, "--output_dir", str(tmp_path / "plain")])
+    plain = ["--attn_implementation", "sdpa", *SMALL, *NO_EVALUATION]
+    recipe.main([*plain, "--output_dir", str(tmp_path / "plain")])
     assert "attention_drop" not in read(tmp_path / "plain", "config.json")
 
 

@@ -20,10 +20,10 @@ from hf_attentiondrop.methods import PERTURBATIONS
 from hf_attentiondrop.methods.card import MethodCard
 from hf_attentiondrop.methods.method import Perturbation
 
-from .recipe_runs import RECIPES, error_line, load, read_json, run_with_file
+from .recipe_runs import NO_EVALUATION, RECIPES, error_line, load, read_json, run_with_file
 
 
-QUICK = ["--max_steps", "2", "--max_eval_samples", "8", "--num_hidden_layers", "1"]
+QUICK = ["--max_steps", "2", "--num_hidden_layers", "1", *NO_EVALUATION]
 BOTH = [{"variant": "hard", "p": 0.25}, {"variant": "blur", "sigma_max": 0.5, "layers": [0]}]
 BOTH_AS_TEXT = "[{variant: hard, p: 0.25}, {variant: blur, sigma_max: 0.5, layers: [0]}]"
 

@@ -19,10 +19,10 @@ from hf_attentiondrop.evaluation.classifier import predict
 
 from .hub_server import TOKEN, Fault, running_hub
 from .models import build
-from .recipe_runs import GROUPED_NAMES, RECIPES, ROBUSTNESS_SAMPLES, ROOT, SHORT_RUN, SMALL, load
+from .recipe_runs import GROUPED_NAMES, RECIPES, ROBUSTNESS_SAMPLES, ROOT, SMALL, load
 
 
-PUSHED = [*SHORT_RUN, *SMALL["image_classification"], "--push_to_hub"]
+PUSHED = [*SMALL["image_classification"], "--max_steps", "1", "--max_eval_samples", "8", "--push_to_hub"]
 PICTURES = {
     "image_classification": {"attention_entropy", "reliability", "robustness", "training"},
     "text_classification": {"attention_entropy", "reliability", "robustness", "training"},

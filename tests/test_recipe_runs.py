@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,12 +18,12 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from transformers import TrainerCallback
 
-from .recipe_runs import error_line, load
+from .recipe_runs import NO_EVALUATION, error_line, load
 
 
-QUICK = ["--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+QUICK = ["--consistency_weight", "0", "--num_hidden_layers", "1", *NO_EVALUATION]
 # Two steps, then a checkpoint.
-TWO_STEPS = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no"]
+TWO_STEPS = ["--save_strategy", "steps", "--save_steps", "2"]
 
 
 @pytest.fixture
@@ -178,11 +179,11 @@ def test_a_resumed_run_says_which_steps_it_reports(
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = ["--max_steps", "4", *TWO_STEPS, *QUICK, "--logging_steps", "1", "--save_total_limit", "9"]
     recipe.main([*flags, "--output_dir", str(whole)])
-    assert "training           4 steps in" in capsys.readouterr().out
+    assert re.search("^training +4 steps in", capsys.readouterr().out, re.MULTILINE)
     resumed.mkdir()
     (whole / "checkpoint-2").rename(resumed / "checkpoint-2")
     recipe.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint"])
-    assert "training           steps 3 to 4, resumed, in" in capsys.readouterr().out
+    assert re.search("^training +steps 3 to 4, resumed, in", capsys.readouterr().out, re.MULTILINE)
     metrics = read(resumed)
     assert metrics["resumed_from_step"] == 2 and "resumed_from_step" not in read(whole)
     losses = [entry["loss"] for entry in read(resumed / "checkpoint-4", "trainer_state.json")["log_history"][-2:]]
@@ -200,13 +201,15 @@ def test_the_trained_model_is_evaluated_once(monkeypatch: pytest.MonkeyPatch, tm
             evaluated.append((state.global_step, kwargs["metrics"]["eval_loss"]))
 
     add_callback(recipe, monkeypatch, Count())
-    flags = [*QUICK, "--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
+    flags = [*QUICK, "--do_eval", "--eval_strategy", "steps", "--eval_steps", "2", "--max_eval_samples", "16"]
+    flags += ["--output_dir", str(tmp_path)]
     recipe.main(["--max_steps", "2", *flags])
     assert evaluated == [(2, read(tmp_path)["eval_loss"])]
-    # If training ends after the last evaluation, the weights differ.
-    recipe.main(["--max_steps", "3", *flags, "--overwrite_output_dir"])
-    assert [step for step, _ in evaluated] == [2, 2, 3]
-    assert read(tmp_path)["eval_loss"] == evaluated[-1][1]
+    if name == "causal_lm":
+        # If training ends after the last evaluation, the weights differ.
+        recipe.main(["--max_steps", "3", *flags, "--overwrite_output_dir"])
+        assert [step for step, _ in evaluated] == [2, 2, 3]
+        assert read(tmp_path)["eval_loss"] == evaluated[-1][1]
 
 
 def test_images_have_a_trivial_baseline(

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertConfig
 
-from .recipe_runs import RECIPES, error_line, launch, load
+from .recipe_runs import NO_EVALUATION, error_line, load, run_program
 
 
 pytestmark = pytest.mark.xdist_group("translation")
@@ -77,14 +77,15 @@ def translate(folder: Path, texts: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_run_without_data_translates(tmp_path: Path) -> None:
-    """The run without arguments, with a single pass, which takes half the time."""
-    result = launch(RECIPES / "translation.py", "--consistency_weight", "0", cwd=tmp_path)
+def test_shortened_run_without_data_translates(tmp_path: Path) -> None:
+    """Half of the run without arguments, with a single pass, which takes half the time again."""
+    flags = ["--num_train_epochs", "1.5", "--consistency_weight", "0", "--max_eval_samples", "100"]
+    printed = run_program("translation", tmp_path, *flags)
     folder = tmp_path / "runs" / "translation"
     metrics = read(folder)
-    assert metrics["eval_bleu"] > metrics["copy_bleu"] + 60
-    assert metrics["eval_chrf"] > metrics["copy_chrf"] + 40
-    assert f"{metrics['eval_bleu']:.1f} (copying the source: {metrics['copy_bleu']:.1f})" in result.stdout
+    assert metrics["eval_bleu"] > metrics["copy_bleu"] + 40
+    assert metrics["eval_chrf"] > metrics["copy_chrf"] + 15
+    assert f"{metrics['eval_bleu']:.1f} (copying the source: {metrics['copy_bleu']:.1f})" in printed
     # The folder translates without the recipe, and unseen text: the data has no date in that year.
     assert translate(folder, ["March 5, 2081"]) == ["5. März 2081"]
 
@@ -107,9 +108,11 @@ def test_held_out_phrases_are_not_in_the_training_data(recipe: ModuleType) -> No
 @pytest.mark.parametrize("kind", WRITERS)
 def test_local_files(recipe: ModuleType, tmp_path: Path, kind: str) -> None:
     flags = [*WRITERS[kind](tmp_path, "train", PAIRS[:20]), *WRITERS[kind](tmp_path, "validation", PAIRS[20:])]
-    recipe.main([*flags, *QUICK, "--vocab_size", "300", "--output_dir", str(tmp_path / "out")])
-    metrics = read(tmp_path / "out")
-    assert (metrics["train_samples"], metrics["eval_samples"]) == (20, 4)
+    # Only the two files of lines differ from a table in more than how it is loaded.
+    if kind in ("csv", "txt"):
+        recipe.main([*flags, *QUICK, "--vocab_size", "300", "--output_dir", str(tmp_path / "out")])
+        metrics = read(tmp_path / "out")
+        assert (metrics["train_samples"], metrics["eval_samples"]) == (20, 4)
     arguments = recipe.TranslationDataArguments(
         **{name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
     )
@@ -128,7 +131,7 @@ def test_repeated_source_is_not_held_out(recipe: ModuleType, tmp_path: Path) -> 
 
 def test_model_folder_is_fine_tuned(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--model_name_or_path", str(checkpoint), *write_table(tmp_path, "train", PAIRS, "csv"), *QUICK]
-    recipe.main([*flags, "--learning_rate", "0", "--output_dir", str(tmp_path / "out")])
+    recipe.main([*flags, *NO_EVALUATION, "--learning_rate", "0", "--output_dir", str(tmp_path / "out")])
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (checkpoint, tmp_path / "out"))
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
     tokenizers = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (checkpoint, tmp_path / "out")]
@@ -161,7 +164,7 @@ def test_consistency_arguments_reach_the_trainer(recipe: ModuleType, tmp_path: P
     flags = [*write_lines(tmp_path, "train", PAIRS), *QUICK, "--vocab_size", "300", "--logging_steps", "1"]
     for weight, is_logged in (("0.5", True), ("0", False)):
         folder = tmp_path / weight
-        recipe.main([*flags, "--consistency_weight", weight, "--output_dir", str(folder)])
+        recipe.main([*flags, *NO_EVALUATION, "--consistency_weight", weight, "--output_dir", str(folder)])
         state = json.loads(next(folder.glob("checkpoint-*/trainer_state.json")).read_text())
         assert any("consistency_loss" in entry for entry in state["log_history"]) == is_logged
 
