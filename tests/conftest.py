@@ -36,6 +36,10 @@ def fast_garbage_collection() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Otherwise Triton's bindings report leaks when the process ends.
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -140,6 +140,7 @@ def test_bad_input_ends_in_one_line(
         ("learning_rat: 1", "unknown key 'learning_rat' in --config"),
         ("p: 2", "`p` must be a probability"),
         ("k: [1, 2]", "unknown argument"),
+        ("p: [0.1]", "`p` must have one value per layer, got 1 values"),
         ("- p", "must hold `argument: value` lines, got list"),
         ("p: :", "cannot be read"),
     ],

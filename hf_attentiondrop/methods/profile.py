@@ -101,7 +101,10 @@ def profile_at(profile: Profile, place: Place) -> float | PerHead:
     """Returns the part of a profile for an attention module, see [`check_place`] for the profiles that fit."""
     if isinstance(profile, Line):
         return profile.values(place.num_layers)[place.layer]
-    return profile[place.layer] if isinstance(profile, tuple) else profile
+    if isinstance(profile, tuple):
+        # Modules get their values before all of them are checked together.
+        return profile[place.layer] if place.layer < len(profile) else 0.0
+    return profile
 
 
 def value_at(profile: Profile, place: Place) -> Value:

@@ -171,6 +171,7 @@ def test_a_model_with_values_per_head_trains() -> None:
         ({"p": []}, "`p` must be a probability"),
         ({"variant": "blur", "sigma_max": {"from": 1.0, "to": float("inf")}}, "`sigma_max` must be a finite number"),
         ({"p": [0.1, 0.1], "layers": [0]}, "`layers` selects.*would have no effect"),
+        ({"p": [0.1]}, "one value per layer, got 1 values, and the stack .* has 2 layers"),
         ({"p": [0.1, 0.1, 0.1]}, "one value per layer, got 3 values, and the stack .* has 2 layers"),
         ({"p": {"heads": [0.1, 0.2]}}, "one value per head, got 2 values, and layer 0 of .* has 4 heads"),
     ],
