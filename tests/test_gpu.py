@@ -16,6 +16,7 @@ from hf_attentiondrop.methods.method import Perturbation
 from .attention import make_module, position_bias
 from .cases import CASES, CASES_BY_NAME, AttentionCase
 from .methods import examples, idle_examples
+from .methods.test_profile import PER_HEAD, check_heads
 from .models import build, enable_checkpointing, inputs
 
 
@@ -43,6 +44,12 @@ def test_idle_perturbation_equals_the_cpu(case: AttentionCase, idle: Perturbatio
         results.append([output, *gradients])
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("drop", PER_HEAD, ids=lambda drop: drop.variant)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_head_is_perturbed_as_with_its_value_alone(case: AttentionCase, drop: Perturbation) -> None:
+    check_heads(case, drop, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

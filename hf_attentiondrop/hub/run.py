@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,10 @@ from transformers import (
 from transformers.modelcard import TASK_MAPPING
 
 from ..attention.dropout import dropout_of
-from ..attention.modules import attention_modules
 from ..attention.parts import transformers_model
-from ..methods.card import MethodCard
-from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY, Perturbation
 from ..report import report
 from .content import CardContent, Data
+from .methods import cards_of
 
 
 AUTO_CLASSES = {
@@ -37,8 +35,6 @@ AUTO_CLASSES = {
     FeatureExtractionMixin: "AutoFeatureExtractor",
     ProcessorMixin: "AutoProcessor",
 }
-# Entries of the config that describe how a training varied the values of perturbations.
-RECORDS = {SCHEDULE_KEY: "schedule", ADAPTIVE_KEY: "adaptive strength"}
 PACKAGES = ("hf_attentiondrop", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 
 
@@ -147,7 +143,7 @@ def describe_model(
         name=name,
         model_class=type(base).__name__,
         origin=_describe_origin(base_model, base.config, False, False),
-        methods=tuple(_methods_of_model(base)),
+        methods=tuple(cards_of(base)),
         needs_plugin=any(row.reweighting for row in report(base).rows),
         base_model=base_model,
         processor=next((name for cls, name in AUTO_CLASSES.items() if isinstance(processor, cls)), None),
@@ -161,44 +157,6 @@ def describe_model(
             "Device": base.device.type,
         },
     )
-
-
-def _methods_of_model(model: PreTrainedModel) -> Iterator[MethodCard]:
-    """Yields the methods that act on the attention, each once for all modules."""
-    rows = {row.name: row for row in report(model).rows}
-    modules = [(rows[name], module) for name, module in attention_modules(model) if name in rows]
-    perturbations: dict[Perturbation, bool] = {}
-    for row, module in modules:
-        if row.calls or row.applied:
-            state = module.attention_drop_state
-            for perturbation in state.perturbations:
-                if perturbation.acts_at(state.place):
-                    # The implementation may have been switched on, or off, after the training; the counter tells.
-                    perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
-    records = {name: getattr(model.config, key, None) for key, name in RECORDS.items()}
-    for perturbation, was_applied in perturbations.items():
-        for card in perturbation.cards():
-            if not was_applied:
-                card = _as_configured(card)
-            yield _as_scheduled(card, perturbation.scheduled, records)
-    for method in dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting):
-        yield from method.cards()
-
-
-def _as_configured(card: MethodCard) -> MethodCard:
-    """Returns the card of a method that the config names, whether or not the model was trained with it."""
-    text = "The model's config names this method; whether its weights were trained with it is not recorded. "
-    return replace(card, name=f"{card.name} (configured)", text=text + card.text, tag=None)
-
-
-def _as_scheduled(card: MethodCard, scheduled: str, records: Mapping[str, Mapping[str, Any] | None]) -> MethodCard:
-    """Returns the card of a method with what the config says about how the training varied its values."""
-    found = {name: record for name, record in records.items() if record}
-    if not found:
-        return card
-    text = f"{card.text} The training varied `{scheduled}`, up to the value below: {' and '.join(found)}."
-    shown = {name: ", ".join(f"{key} {value}" for key, value in record.items()) for name, record in found.items()}
-    return replace(card, text=text, settings={**card.settings, **shown})
 
 
 def _hub_id(config: PreTrainedConfig) -> str | None:

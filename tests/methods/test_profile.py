@@ -107,13 +107,13 @@ def test_each_head_in_blocks_is_perturbed_as_with_its_value_alone(
     check_heads(CASES_BY_NAME[name], drop)
 
 
-def check_heads(case: AttentionCase, drop: Perturbation) -> None:
+def check_heads(case: AttentionCase, drop: Perturbation, device: str = "cpu") -> None:
     """The random numbers do not depend on the values, so that each head equals that of a run with its value."""
     values = torch.linspace(0.0, 1.0, case.heads).tolist()
     attentions = ("cross",) if case.is_cross else ("encoder_self",)
-    per_head = run(case, replace(drop, attentions=attentions, **{drop.scheduled: {"heads": values}}))
+    per_head = run(case, replace(drop, attentions=attentions, **{drop.scheduled: {"heads": values}}), device)
     for head, value in enumerate(values):
-        alone = run(case, replace(drop, attentions=attentions, **{drop.scheduled: value}))
+        alone = run(case, replace(drop, attentions=attentions, **{drop.scheduled: value}), device)
         for of_all, of_one in zip(per_head, alone, strict=True):
             torch.testing.assert_close(of_all[:, :, head], of_one[:, :, head], rtol=0, atol=1e-10)
 
@@ -127,15 +127,17 @@ def test_keys_in_blocks_are_dropped_with_the_probability_of_their_head() -> None
     torch.testing.assert_close(dropped.double().mean(dim=(0, 1, 3)), expected, rtol=0, atol=0.01)
 
 
-def run(case: AttentionCase, drop: Perturbation) -> list[torch.Tensor]:
+def run(case: AttentionCase, drop: Perturbation, device: str) -> list[torch.Tensor]:
     """Returns the output and the gradient of the queries, `(B, Q, H, D)`."""
-    module, bias = make_module(case, drop), position_bias(case)
-    extras = {} if bias is None else {"position_bias": bias}
+    module, mask, bias = make_module(case, drop), case.mask(), position_bias(case)
+    mask = None if mask is None else mask.to(device)
+    extras = {} if bias is None else {"position_bias": bias.to(device)}
     # Also a value of 0, with which the method would not act and draw no numbers.
     module.attention_drop_state.active = ((drop, torch.tensor(drop.value_at(PLACE), dtype=torch.float64)),)
 
     def library(*tensors: torch.Tensor) -> torch.Tensor:
-        return attention_drop_forward(module, *tensors, case.mask(), scaling=0.3, **extras)[0]
+        tensors = [tensor.to(device) for tensor in tensors]
+        return attention_drop_forward(module, *tensors, mask, scaling=0.3, **extras)[0].cpu()
 
     output, of_query, *_ = with_gradients(library, *case.tensors())
     return [output, of_query.transpose(1, 2)]
