@@ -1,8 +1,6 @@
 """Plots of calibration, robustness, attention entropy and training, 600 pixels wide.
 
-Each function returns a new `matplotlib.figure.Figure`, without pyplot, its global state or a backend. Save it with
-`figure.savefig("name.png")`. The colors, Okabe-Ito and cividis, are safe for color-blind readers; lines also differ in
-their markers.
+Each function returns a new `matplotlib.figure.Figure`, see `style.py`. Save it with `figure.savefig("name.png")`.
 """
 
 import math
@@ -13,40 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .calibration import ReliabilityBins
+from .style import BLUE, GRAY, LINES, ORANGE, VERMILION, legend_below, new_figure, plural
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#666666"
-LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v"))
-INCHES, DOTS_PER_INCH = 6.0, 100
 # The minimum width of a bar: the bin of confidence 1 has no width.
 MIN_BAR = 0.015
 # The normal quantile of a 95 % interval.
 QUANTILE = 1.959964
 # With more heads, the numbers in the cells of a heat map would overlap.
 MAX_NUMBERED_HEADS = 12
-
-
-def _figure(height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
-    return Figure(figsize=(INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
-
-
-def _legend_below(figure: "Figure", axes: "Axes") -> None:
-    """Adds a legend below the plot, where it covers no data."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "Figure":
@@ -65,7 +42,7 @@ def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "F
         raise ValueError("Expected bins with items, got none: there is nothing to plot.")
     lower, width = np.asarray(bins.lower), np.maximum(np.asarray(bins.upper - bins.lower), MIN_BAR)
     confidence, accuracy = np.asarray(bins.confidence), np.asarray(bins.accuracy)
-    figure = _figure(6.0)
+    figure = new_figure(6.0)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
     above.bar(lower, accuracy, width, color=BLUE, label="accuracy", **bar)
@@ -75,9 +52,9 @@ def reliability_diagram(bins: ReliabilityBins, title: str = "Reliability") -> "F
     )  # fmt: skip
     above.plot((0, 1), (0, 1), "--", color=GRAY, label="perfect calibration")
     above.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1 + 1.5 * MIN_BAR))
-    of_items = f"n = {_plural(int(count.sum()), 'item')} in {_plural(len(count), 'bin')}"
+    of_items = f"n = {plural(int(count.sum()), 'item')} in {plural(len(count), 'bin')}"
     figure.suptitle(f"{title}: ECE {bins.expected_error:.3f}, {of_items}")
-    _legend_below(figure, above)
+    legend_below(figure, above)
     below.bar(lower, count / count.sum(), width, color=GRAY, **bar)
     below.set(xlabel="confidence (probability of the predicted class)", ylabel="share of items")
     for axes in (above, below):
@@ -141,7 +118,7 @@ def robust_accuracy_curve(
         for epsilon, accuracy in curve.items():
             if not (0 <= accuracy <= 1 and 0 <= epsilon < math.inf):
                 raise ValueError(f"Expected ε ≥ 0 and accuracies in [0, 1], got {accuracy} at ε = {epsilon} ({name}).")
-    figure = _figure(4.0)
+    figure = new_figure(4.0)
     axes = figure.subplots()
     unit = 255 if in_pixels else 1
     for rank, ((name, curve), (color, marker)) in enumerate(zip(accuracies.items(), LINES, strict=False)):
@@ -157,7 +134,7 @@ def robust_accuracy_curve(
         )  # fmt: skip
     axes.set(
         xlabel="perturbation ε (1/255 of the pixel range)" if in_pixels else "perturbation ε (embedding units)",
-        ylabel=f"accuracy (n = {_plural(num_samples, 'sample')})",
+        ylabel=f"accuracy (n = {plural(num_samples, 'sample')})",
         ylim=(-0.02, 1.02),
     )
     largest = unit * max(max(curve) for curve in accuracies.values()) or 1.0
@@ -166,7 +143,7 @@ def robust_accuracy_curve(
     axes.ticklabel_format(axis="x", scilimits=(-2, 4))
     axes.grid(alpha=0.3)
     figure.suptitle(f"{title}, with 95 % intervals")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -200,7 +177,7 @@ def attention_entropy_map(
             "query had no visible key."
         )
     layers, heads = values.shape
-    figure = _figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
+    figure = new_figure(min(8.0, 1.8 + 0.3 * max(layers, 2)))
     axes = figure.subplots()
     top = max(uniform_entropy or 0.0, there.max()) or 1.0
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
@@ -255,7 +232,7 @@ def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Tr
             "before the end, or the run diverged. Lower `logging_steps`, and pass `trainer.state.log_history`."
         )
     has_term = bool(series["consistency_loss"][0])
-    figure = _figure(5.0 if has_term else 3.6)
+    figure = new_figure(5.0 if has_term else 3.6)
     grid = figure.subplots(1 + has_term, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_term])
     panels: list[Axes] = list(grid[:, 0])
     for name, (label, color, marker, width) in losses.items():
@@ -265,12 +242,12 @@ def training_curves(log_history: Sequence[Mapping[str, float]], title: str = "Tr
             )
     panels[0].set_ylabel("loss (nats)")
     figure.suptitle(title)
-    _legend_below(figure, panels[0])
+    legend_below(figure, panels[0])
     if has_term:
         panels[1].plot(*series["consistency_loss"], color=VERMILION, marker="s", markersize=4)
         panels[1].set(ylabel="consistency loss\n(nats)")
     logged = max(len(steps) for steps, _ in series.values())
-    panels[-1].set_xlabel(f"optimizer step (n = {_plural(logged, 'logged point')})")
+    panels[-1].set_xlabel(f"optimizer step (n = {plural(logged, 'logged point')})")
     for axes in panels:
         axes.grid(alpha=0.3)
         bottom, top = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
