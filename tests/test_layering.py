@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"attention", "methods", "report"},
     "training": {"attention", "configure", "functional", "hub", "integration", "methods", "validation"},
     "evaluation": {"attention", "integration", "validation"},
+    "compare": {"evaluation", "validation"},
     "cli": {"attention", "evaluation", "hub", "integration", "methods", "report", "version"},
 }
 
