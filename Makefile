@@ -6,11 +6,15 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_OPTIONS = -n 2 --dist loadgroup
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: demo test test-all test-versions install style model_cards
+.PHONY: compare demo test test-all test-versions install style model_cards
 
 demo: $(VENV)/recipes.installed
 	$(VENV)/bin/accelerate launch recipes/image_classification.py --output_dir runs/demo --overwrite_output_dir \
 		--evaluate_robustness
+
+# Which regularizer helps on noisy digits: 20 trainings, with a report in runs/regularizers. Can be interrupted.
+compare: $(VENV)/recipes.installed $(VENV)/compare.installed
+	$(VENV)/bin/hf-attentiondrop compare --preset regularizers --jobs 2
 
 # All tests except those marked slow: full trainings, most multi-process launches, most compilation.
 test: install

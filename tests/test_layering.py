@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"attention", "configure", "functional", "hub", "integration", "methods", "validation"},
     "evaluation": {"attention", "integration", "validation"},
     "compare": {"evaluation", "validation"},
-    "cli": {"attention", "evaluation", "hub", "integration", "methods", "report", "version"},
+    "cli": {"attention", "compare", "evaluation", "hub", "integration", "methods", "report", "version"},
 }
 
 

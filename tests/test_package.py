@@ -16,7 +16,8 @@ from hf_attentiondrop.version import MINIMUM_VERSIONS
 
 ROOT = Path(__file__).parents[1]
 # Imported only where an extra is used; if it is missing, the error names it.
-OPTIONAL = {"PIL", "datasets", "evaluate", "matplotlib", "scipy", "sklearn", "triton"}
+OPTIONAL = {"PIL", "datasets", "evaluate", "matplotlib", "optuna", "scipy", "sklearn", "sqlalchemy", "tqdm", "triton"}
+OPTIONAL |= {"yaml"}
 
 
 def test_tab_completion_offers_what_the_package_exports() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from importlib.util import find_spec
 
-from .flags import CommandError
+from .flags import CommandError, positive
 
 
 ATTACKED_SAMPLES = 200
@@ -39,11 +39,11 @@ def declare_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--text_column", help="column of texts (default: text)")
     parser.add_argument("--text_pair_column", help="column of the second texts, if pairs are classified")
     parser.add_argument("--label_column", default="label", help="column of classes (default: label)")
-    parser.add_argument("--max_samples", type=_positive, help="evaluate on a random subset of this size")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="samples per batch (default: 32)")
+    parser.add_argument("--max_samples", type=positive, help="evaluate on a random subset of this size")
+    parser.add_argument("--batch_size", type=positive, default=32, help="samples per batch (default: 32)")
     parser.add_argument("--evaluate_robustness", action="store_true", help="attack the model with FGSM and PGD")
     parser.add_argument(
-        "--robustness_samples", type=_positive, help=f"number of samples to attack (default: {ATTACKED_SAMPLES})"
+        "--robustness_samples", type=positive, help=f"number of samples to attack (default: {ATTACKED_SAMPLES})"
     )
     parser.add_argument("--seed", type=_seed, default=0, help="for the order of samples and the attacks (default: 0)")
     parser.add_argument("--device", help="such as cuda:0; defaults to the accelerator, or the CPU if there is none")
@@ -85,12 +85,6 @@ def evaluate(arguments: argparse.Namespace) -> str:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     return summarize(evaluation, arguments.output_dir)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}.")
-    return int(text)
 
 
 def _seed(text: str) -> int:

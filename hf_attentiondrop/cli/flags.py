@@ -1,5 +1,6 @@
 """Errors that name the flag behind them. Library functions name no flag: they have other callers."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,3 +47,10 @@ def naming_flag(flag: str) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """The message of an error, with line breaks and runs of spaces collapsed."""
     return " ".join(str(error).split())
+
+
+def positive(text: str) -> int:
+    """The type of a flag that takes an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}.")
+    return int(text)

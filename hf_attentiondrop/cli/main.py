@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from ..version import __version__
 from .check import declare_check
+from .compare import declare_compare
 from .evaluate import declare_evaluate
 from .flags import CommandError, one_line
 
 
-COMMANDS = (declare_check, declare_evaluate)
+COMMANDS = (declare_check, declare_compare, declare_evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): the arguments, those of the process by default.
 
     Returns:
-        `int`: the exit code: 0 on success, 1 if `check` finds a model that is not supported, 2 for invalid input.
+        `int`: the exit code: 0 on success, 1 if `check` finds a model that is not supported or all test runs of
+        `compare` failed, 2 for invalid input, 130 if `compare` was interrupted.
 
     Raises:
         SystemExit: from argparse, with code 2 for arguments that do not parse and 0 after `--help` and `--version`.
