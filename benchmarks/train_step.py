@@ -124,7 +124,7 @@ def marian(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tens
 
 
 def llama(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A LLaMA with the width of a 160M-parameter model and grouped queries, on blocks of 512 tokens."""
+    """A LLaMA with the width of a 160M-parameter model and grouped queries, on blocks of 256 tokens."""
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=768,
@@ -133,7 +133,7 @@ def llama(layers: int, batch_size: int) -> tuple[Any, Any, dict[str, torch.Tenso
         num_key_value_heads=4,
         intermediate_size=3072,
     )
-    block = tokens(batch_size, 512)
+    block = tokens(batch_size, 256)
     return LlamaForCausalLM, config, {"input_ids": block, "labels": block}
 
 
@@ -249,13 +249,6 @@ def main() -> None:
         name: {method: {"peak_mb": measure_memory(memory, (name, method, arguments), device)} for method in methods}
         for name in arguments.models
     }
-    for name, rows in models.items():
-        for kind, make in (("training", training_step), ("evaluation", evaluation_step)):
-            steps = {method: make(name, method, arguments) for method in methods}
-            times = alternating_milliseconds(steps, arguments.repeats, device)
-            for method in methods:
-                rows[method][kind] = ratio_to(times, method, METHODS[method].reference)
-        print(name, {method: f"{row['training']['ratio']:.2f}" for method, row in rows.items()}, flush=True)
     options = {
         name: getattr(arguments, name) for name in ("layers", "batch_size", "repeats", "dtype", "device", "threads")
     }
@@ -266,11 +259,20 @@ def main() -> None:
         "transformers": transformers.__version__,
         **options,
     }
-    results = {"setup": setup, "models": models}
-    name = "train_step" if device == "cpu" else f"train_step_{device}"
+    results: dict[str, Any] = {"setup": setup, "models": {}}
+    path = arguments.output / ("train_step" if device == "cpu" else f"train_step_{device}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / f"{name}.md").write_text(table(results))
+    for name, rows in models.items():
+        for kind, make in (("training", training_step), ("evaluation", evaluation_step)):
+            steps = {method: make(name, method, arguments) for method in methods}
+            times = alternating_milliseconds(steps, arguments.repeats, device)
+            for method in methods:
+                rows[method][kind] = ratio_to(times, method, METHODS[method].reference)
+        print(name, {method: f"{row['training']['ratio']:.2f}" for method, row in rows.items()}, flush=True)
+        # After each model, because all of them take long.
+        results["models"][name] = rows
+        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(table(results))
     print(table(results))
 
 
