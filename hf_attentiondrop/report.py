@@ -142,4 +142,7 @@ def _rows(model: PreTrainedModel, prefix: str = "") -> Iterator[ReportRow]:
 
 
 def _shown(value: Value) -> str:
-    return f"{min(value):.4g} to {max(value):.4g}" if isinstance(value, tuple) else f"{value:.4g}"
+    if not isinstance(value, tuple):
+        return f"{value:.4g}"
+    lowest, highest = f"{min(value):.4g}", f"{max(value):.4g}"
+    return lowest if lowest == highest else f"{lowest} to {highest}"

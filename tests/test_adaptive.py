@@ -147,9 +147,14 @@ def test_values_out_of_range_raise(target: Any, interval: Any, message: str, tmp
         adaptive(tmp_path, target, attention_drop_adaptive_interval=interval)
 
 
+def test_two_targets_raise(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one would undo the other"):
+        trained(AttentionDropTrainer, adaptive(tmp_path, 0.5), callbacks=[AdaptiveStrengthCallback(0.1)])
+
+
 def test_settings_that_would_have_no_effect_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no `attention_drop_target_entropy`: it would have no effect"):
         AttentionDropTrainingArguments(**options(tmp_path, attention_drop_adaptive_interval=10))
     unperturbed = build("bert", num_labels=3, attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="an adaptive strength would have no effect"):
+    with pytest.raises(ValueError, match="a schedule would have no effect"):
         trained(AttentionDropTrainer, adaptive(tmp_path, 0.5), model=unperturbed)

@@ -76,8 +76,12 @@ def test_a_schedule_that_makes_no_sense_raises(values: dict[str, Any], message: 
 
 
 def test_errors_that_take_the_number_of_steps() -> None:
-    with pytest.raises(ValueError, match="`start` must be before `end`, got 8 and 0.5, which are 8 and 5"):
+    with pytest.raises(ValueError, match="`start` must be before `end`, got 8 and 0.5, which are the steps 8 and 5"):
         AttentionDropSchedule("linear_up", start=8, end=0.5).factor(0, 10)
+    with pytest.raises(
+        ValueError, match="before the last of 10 optimizer steps, got 10: the factor would never change"
+    ):
+        AttentionDropSchedule("linear_up", start=10, end=20).factor(0, 10)
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 2.0 at progress 1"):
         AttentionDropSchedule(lambda progress: 2 * progress).factor(10, 10)
 
@@ -179,6 +183,36 @@ def test_a_schedule_without_a_perturbation_raises(tmp_path: Path) -> None:
         trained(AttentionDropTrainer, arguments, model=build("bert", num_labels=3, attn_implementation="sdpa"))
     with pytest.raises(ValueError, match="one would undo the other"):
         trained(AttentionDropTrainer, arguments, callbacks=[AttentionDropScheduleCallback("linear_up")])
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_the_configured_values(tmp_path: Path) -> None:
+    model = bert()
+    arguments = options(tmp_path, attention_drop_schedule="linear_down", attention_drop_target_entropy=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(
+            AttentionDropTrainer, AttentionDropTrainingArguments(**arguments), model=model, callbacks=[Interrupt()]
+        )
+    assert {row.current for row in report(model).rows} == {()}
+    # In another Trainer only the next training can end it.
+    callbacks = [AttentionDropScheduleCallback("linear_up"), Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        trained(Trainer, TrainingArguments(**options(tmp_path)), model=model, callbacks=callbacks)
+    assert [row.current for row in report(model).rows] == [(0.0,), (0.0,)]
+    _, recorder = trained(AttentionDropTrainer, AttentionDropTrainingArguments(**options(tmp_path)), model=model)
+    assert recorder.values == [[]] * 4
+
+
+def test_a_callback_takes_a_function(tmp_path: Path) -> None:
+    callback = AttentionDropScheduleCallback(lambda progress: progress**2)
+    _, recorder = trained(Trainer, TrainingArguments(**options(tmp_path)), callbacks=[callback])
+    assert [values[0] for values in recorder.values] == pytest.approx([0.4 * (step / 4) ** 2 for step in range(4)])
+    with pytest.raises(ValueError, match="`shape` must be one of"):
+        AttentionDropScheduleCallback(0.5)
 
 
 def test_a_function_in_the_arguments_must_be_importable(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The term in every k-th optimizer step: the others are those of the stock Trainer."""
+"""The term in every k-th optimizer step: the others are plain steps, whatever the split of the batch."""
 
 import logging
 from typing import Any
@@ -9,12 +9,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from .consistency_tasks import RowCounter, assert_same_step, build_model, first_logs, plain_step, train
-from .test_trainer import classifier_without_loss_arguments
 from .test_trainer_items import ANSWERS, answer_rows, question_answering
 
 
 MODELS = {
-    "classification": classifier_without_loss_arguments,
+    "classification": lambda: build_model("classification"),
     "token_classification": lambda: build_model("token_classification"),
     "causal_lm": lambda: build_model("causal_lm"),
     "question_answering": question_answering,
@@ -33,11 +32,12 @@ def test_steps_without_the_term_are_those_of_the_stock_trainer(
     if task == "question_answering":
         values["examples"] = answer_rows(ANSWERS["within"])
         values |= {"amplitude": 0.0, "trainer_kwargs": {"data_collator": default_data_collator}}
+    # In one micro-batch: with several, Transformers weights the means of some heads wrongly.
     _, expected = train(
         task,
         tmp_path,
-        2,
-        4,
+        8,
+        1,
         model=MODELS[task](),
         trainer_class=Trainer,
         arguments_class=TrainingArguments,
@@ -49,23 +49,25 @@ def test_steps_without_the_term_are_those_of_the_stock_trainer(
     assert counter.rows == [4] * 4 + [2] * 4
     assert ["consistency_loss" in logs for logs in trainer.state.log_history[:2]] == [True, False]
     assert gradients.keys() == expected.keys()
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6)
     assert "trains like the plain Trainer" not in caplog.text
 
 
 def test_the_step_with_the_term_and_its_logs_do_not_depend_on_the_interval(tmp_path: Any) -> None:
-    """The logged components are means over the steps that had the term, here the first and the fourth."""
+    """The logged divergence is a mean over the steps that had the term, here the first and the fourth."""
     trainer, _ = train(
         "causal_lm", tmp_path, 2, 4, max_steps=5, logging_steps=5, consistency_interval=3, learning_rate=0
     )
     _, gradients = train("causal_lm", tmp_path, 2, 4, max_steps=1, consistency_interval=3)
     logs, expected = plain_step("causal_lm")
-    for name in ("task_loss", "consistency_loss"):
-        assert first_logs(trainer)[name] == pytest.approx(logs[name], rel=1e-5)
+    assert first_logs(trainer)["consistency_loss"] == pytest.approx(logs["consistency_loss"], rel=1e-5)
     steps, _ = train("causal_lm", tmp_path, 2, 4, max_steps=3, consistency_interval=3, learning_rate=0)
     logs_of_first, others = first_logs(steps), [entry["loss"] for entry in steps.state.log_history[1:3]]
     assert_same_step((logs_of_first, gradients), (logs, expected))
-    assert first_logs(trainer)["loss"] == pytest.approx((2 * logs["loss"] + others[0] + others[1] + others[0]) / 5)
+    for name in ("loss", "task_loss"):
+        expected = (2 * logs[name] + others[0] + others[1] + others[0]) / 5
+        assert first_logs(trainer)[name] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_resumed_run_keeps_the_steps_of_the_term(tmp_path: Any) -> None:

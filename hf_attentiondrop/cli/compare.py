@@ -199,7 +199,9 @@ def _terminating() -> Iterator[None]:
 def _command(arguments: argparse.Namespace) -> str:
     """The command that repeats the study, without what concerns this machine, such as the password of a database."""
     given = [arguments.study] if arguments.study else ["--preset", arguments.preset]
-    given += ["--seeds", str(arguments.seeds)] if arguments.seeds else []
+    for name in ("seeds", "output_dir"):
+        value = getattr(arguments, name)
+        given += [f"--{name}", str(value)] if value else []
     return shlex.join(["hf-attentiondrop", "compare", *given])
 
 

@@ -125,8 +125,8 @@ def check_place(name: str, profile: Profile, place: Place) -> None:
         if len(profile) != place.num_layers:
             raise ValueError(
                 f"`{name}` must have one value per layer, got {len(profile)} values, and the stack {place.stack!r} "
-                f"has {place.num_layers} layers: layers would be without a value. A line such as "
-                "{'from': 0.2, 'to': 0.0} fits any depth; 0 leaves a layer unperturbed."
+                f"has {place.num_layers} layers: the values cannot be assigned. A line such as "
+                "{'from': 0.2, 'to': 0.0} fits any depth, and `attentions` can select one stack."
             )
     part = profile_at(profile, place)
     if not isinstance(part, PerHead):
@@ -139,7 +139,7 @@ def check_place(name: str, profile: Profile, place: Place) -> None:
     if isinstance(part.values, tuple) and len(part.values) != place.num_heads:
         raise ValueError(
             f"`{name}` must have one value per head, got {len(part.values)} values, and layer {place.layer} of "
-            f"{place.stack!r} has {place.num_heads} heads: heads would be without a value."
+            f"{place.stack!r} has {place.num_heads} heads: the values cannot be assigned."
         )
 
 

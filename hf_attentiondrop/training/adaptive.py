@@ -56,6 +56,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         # By perturbed module, in the order of the model.
         self.gains: list[list[float]] = []
         self.entropy: float | None = None
+        self.is_running = False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores."""
@@ -84,6 +85,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         attributes = stored["attributes"] if isinstance(stored, dict) else {}
         start = [[1.0] * (module_state.place.num_heads or 1) for module_state in states]
         self.gains, self.entropy = attributes.get("gains", start), attributes.get("entropy")
+        self.is_running = True
         self._apply(states)
         for base in transformers_models(model).values():
             record = {"target_entropy": self.target_entropy, "interval": self.interval}
@@ -146,8 +148,15 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        for module_state in perturbed_states(model, "an adaptive strength"):
-            module_state.scale(module_state.factor)
+        self.stop(model)
+
+    def stop(self, model: nn.Module | None) -> None:
+        """Removes the gains, if there are any: the configured values hold again."""
+        if self.is_running:
+            self.is_running = False
+            for module_state in perturbed_states(model, "an adaptive strength"):
+                module_state.scale(module_state.factor)
+                module_state.meter = None
 
     def _apply(self, states: list[ModuleState]) -> None:
         for module_state, gains in zip(states, self.gains, strict=True):

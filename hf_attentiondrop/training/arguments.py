@@ -28,7 +28,7 @@ class ConsistencyArguments:
             step without the term. The expected gradient does not depend on f.
         consistency_interval (`int`, defaults to 1):
             The term is part of every k-th optimizer step, k ≥ 1, counted from the first one. The other steps run one
-            pass, like those of the plain Trainer.
+            pass.
         consistency_shared_trunk (`bool`, defaults to `False`):
             Whether the layers below the first random one run once for both passes, see [`SharedTrunk`]. Same result,
             less time; needs perturbations of upper layers only, and no dropout below them.
@@ -94,6 +94,11 @@ class ConsistencyArguments:
             raise ValueError(
                 f"`consistency_interval` must be an integer >= 1, got {interval!r}. The term is part of every k-th "
                 "optimizer step. Use 1 for every step, or `consistency_weight=0` to turn the term off."
+            )
+        if not isinstance(self.consistency_shared_trunk, bool):
+            raise ValueError(
+                f"`consistency_shared_trunk` must be True or False, got {self.consistency_shared_trunk!r}. It tells "
+                "whether the layers below the first random one run once for both passes."
             )
         if self.consistency_shared_trunk and not weight > 0:
             raise ValueError(

@@ -68,10 +68,10 @@ class ConsistencyBatch:
 
     def sample_rows(self, fraction: float) -> "ConsistencyBatch":
         """The batch with random rows that run twice: `fraction * B` of them, rounded up or down at random so that this
-        is their expected number. A fraction of 1 samples nothing.
+        is their expected number. Fractions of 0 and 1 sample nothing.
 
         Args:
-            fraction (`float`): 0 < fraction ≤ 1.
+            fraction (`float`): 0 ≤ fraction ≤ 1.
 
         Example:
 
@@ -81,10 +81,12 @@ class ConsistencyBatch:
         """
         if fraction == 1:
             return self
+        device = next(value.device for value in self.inputs.values() if isinstance(value, Tensor))
+        if fraction == 0:
+            return replace(self, rows=torch.empty(0, dtype=torch.long, device=device))
         number = int(fraction * self.batch_size + torch.rand(()).item())
         if number == self.batch_size:
             return replace(self, fraction=fraction)
-        device = next(value.device for value in self.inputs.values() if isinstance(value, Tensor))
         return replace(self, fraction=fraction, rows=torch.randperm(self.batch_size)[:number].to(device))
 
     @property

@@ -8,6 +8,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import Trainer
 
 from ..attention.modules import attention_modules
+from ..integration.functions import perturbations_of_module
 from ..integration.implementations import FUNCTIONS
 from .alignment import LabelAlignment
 
@@ -70,7 +71,9 @@ def warn_without_randomness(model: nn.Module) -> None:
     Args:
         model (`torch.nn.Module`): The model, without the wrappers of a launcher.
     """
-    if not has_dropout(model):
+    modules = (module for _, module in attention_modules(model))
+    # A schedule may start at 0, and a small perturbation of a new model may not reach its outputs.
+    if not has_dropout(model) and not any(perturbations_of_module(module) for module in modules):
         logger.warning(
             f"The consistency term has no effect: {type(model).__name__} has no dropout above 0 and no active "
             "AttentionDrop, so both passes over a batch are equal. Load the model with "

@@ -96,10 +96,15 @@ class AttentionDropSchedule(Config):
         """Returns start and end in optimizer steps.
 
         Raises:
-            ValueError: if the schedule does not start before it ends.
+            ValueError: if the schedule does not start before it ends, and before the training ends.
         """
         start, end = (value * num_steps if value <= 1 else value for value in (self.start, self.end))
         self._check_order(start, end)
+        if start >= num_steps:
+            raise ValueError(
+                f"{type(self).__name__}: `start` must be before the last of {num_steps} optimizer steps, got "
+                f"{self.start!r}: the factor would never change. Start earlier, or train longer."
+            )
         return start, end
 
     def factor(self, step: int, num_steps: int) -> float:
@@ -130,11 +135,15 @@ class AttentionDropSchedule(Config):
         turn = {"turn": self.turn} if self.shape == "v_shaped" else {}
         return {"shape": self.name, "start": start, "end": end, **turn, "num_steps": num_steps}
 
+    def _resolved(self, start: float, end: float) -> str:
+        return "" if (start, end) == (self.start, self.end) else f", which are the steps {start:g} and {end:g}"
+
     def _check_order(self, start: float, end: float) -> None:
         if not start < end:
             raise ValueError(
-                f"{type(self).__name__}: `start` must be before `end`, got {self.start!r} and {self.end!r}, which are "
-                f"{start:g} and {end:g}: the factor would be undefined between them."
+                f"{type(self).__name__}: `start` must be before `end`, got {self.start!r} and {self.end!r}"
+                f"{self._resolved(start, end)}: the factor would be undefined between them. Numbers above 1 are "
+                "optimizer steps, others fractions of all steps."
             )
 
 
@@ -158,7 +167,7 @@ class ScheduleArguments:
     """
 
     attention_drop_schedule: Literal["constant", "linear_up", "linear_down", "cosine", "v_shaped"] = field(
-        default="constant", metadata={"help": "Course of a factor on p or sigma_max over the training."}
+        default="constant", metadata={"help": "Schedule of a factor on p or sigma_max over the training."}
     )
     attention_drop_schedule_start: float = field(
         default=0.0,

@@ -43,8 +43,8 @@ class ConsistencyTrainerMixin(TrainerBase):
     change.
 
     Gradients do not depend on the split of a batch into accumulation steps and processes: the mean over each
-    micro-batch is weighted by its share of the items. `task_loss` and `consistency_loss`, means over the steps with
-    the term, are logged along with `loss`.
+    micro-batch is weighted by its share of the items. `task_loss`, and `consistency_loss` as a mean over the steps
+    with the term, are logged along with `loss`.
 
     Overrides `training_step`, `compute_loss`, `get_batch_samples` and `log`.
 
@@ -82,12 +82,14 @@ class ConsistencyTrainerMixin(TrainerBase):
         for name, value in asdict(resolve_consistency(self.args, overrides)).items():
             setattr(self.args, name, value)
         self._alignments: WeakKeyDictionary[nn.Module, LabelAlignment] = WeakKeyDictionary()
-        # Task loss, divergence and number of optimizer steps since the last log.
+        # Since the last log: task loss, divergence, number of optimizer steps, and of those with the term.
         self._component_sums: Tensor | None = None
         self._trunk: SharedTrunk | None = None
         self._has_checked_randomness = self._has_checked_method = False
         if self.args.consistency_weight > 0:
             check_trainer(self, self._alignment)
+        if self.args.consistency_shared_trunk:
+            self._trunk = SharedTrunk(self._core_model)
 
     def compute_loss(
         self,
@@ -97,11 +99,11 @@ class ConsistencyTrainerMixin(TrainerBase):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch; in training, of two passes over it. See [`~transformers.Trainer.compute_loss`]."""
-        if not (model.training and self._has_term):
+        if not (model.training and self.args.consistency_weight > 0):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        batch = self._make_batch(inputs).sample_rows(self.args.consistency_fraction)
+        batch = self._make_batch(inputs).sample_rows(self.args.consistency_fraction if self._has_term else 0.0)
         # Without the number of items every head returns the mean over its micro-batch, whether or not it supports that
         # argument. The shares below weight that mean.
         num_items = batch.num_task_items.sum().to(self.args.device)
@@ -120,7 +122,8 @@ class ConsistencyTrainerMixin(TrainerBase):
 
         # The loss of question answering is the mean of two means, over the start and over the end positions.
         components = (task_loss * task_share).mean(), (divergence * divergence_share).mean()
-        sums = torch.stack((*components, share.mean())).detach()
+        steps = share.mean()
+        sums = torch.stack((*components, steps, steps * self._has_term)).detach()
         self._component_sums = sums if self._component_sums is None else self._component_sums + sums
         loss = components[0] + self._current_consistency_weight * components[1]
         return (loss, batch.first_pass(forward.output)) if return_outputs else loss
@@ -129,7 +132,6 @@ class ConsistencyTrainerMixin(TrainerBase):
         """Forward and backward of a micro-batch. See [`~transformers.Trainer.training_step`]."""
         if self.args.consistency_weight <= 0:
             self._check_method()
-        if not self._has_term:
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
@@ -145,7 +147,7 @@ class ConsistencyTrainerMixin(TrainerBase):
         """The micro-batches of an optimizer step and their number of items. See
         [`~transformers.Trainer.get_batch_samples`], which counts items only for some models."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._has_term and batches:
+        if self.args.consistency_weight > 0 and batches:
             num_items = torch.stack([self._make_batch(batch).num_items.to(device) for batch in batches]).sum(dim=0)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, reduction="sum")
@@ -154,8 +156,11 @@ class ConsistencyTrainerMixin(TrainerBase):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with the components of the training loss. See [`~transformers.Trainer.log`]."""
         if "loss" in logs and self._component_sums is not None:
-            task_loss, divergence, steps = self.accelerator.reduce(self._component_sums, reduction="mean").tolist()
-            logs = {**logs, "task_loss": task_loss / steps, "consistency_loss": divergence / steps}
+            sums = self.accelerator.reduce(self._component_sums, reduction="mean").tolist()
+            task_loss, divergence, steps, steps_with_term = sums
+            logs = {**logs, "task_loss": task_loss / steps}
+            if steps_with_term > 0:
+                logs["consistency_loss"] = divergence / steps_with_term
             self._component_sums = None
         super().log(logs, start_time)
 
