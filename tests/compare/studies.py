@@ -1,6 +1,7 @@
 """Studies of the tiny script."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def outcome(run: Run) -> dict[str, Any]:
 
 def run_command(argv: list[str]) -> None:
     """Runs a command, prints nothing, and exits with its code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A test run in the background ignores it.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
