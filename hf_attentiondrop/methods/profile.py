@@ -121,13 +121,12 @@ def check_place(name: str, profile: Profile, place: Place) -> None:
     Raises:
         ValueError: if a list has another length than the stack, or the heads are unknown or of another number.
     """
-    if isinstance(profile, tuple):
-        if len(profile) != place.num_layers:
-            raise ValueError(
-                f"`{name}` must have one value per layer, got {len(profile)} values, and the stack {place.stack!r} "
-                f"has {place.num_layers} layers: the values cannot be assigned. A line such as "
-                "{'from': 0.2, 'to': 0.0} fits any depth, and `attentions` can select one stack."
-            )
+    if isinstance(profile, tuple) and len(profile) != place.num_layers:
+        raise ValueError(
+            f"`{name}` must have one value per layer, got {len(profile)} values, and the stack {place.stack!r} has "
+            f"{place.num_layers} layers: the values cannot be assigned. A line such as {{'from': 0.2, 'to': 0.0}} "
+            "fits any depth, and `attentions` can select one stack."
+        )
     part = profile_at(profile, place)
     if not isinstance(part, PerHead):
         return

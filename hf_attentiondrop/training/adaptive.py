@@ -57,6 +57,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         self.gains: list[list[float]] = []
         self.entropy: float | None = None
         self.is_running = False
+        self._measuring: list[ModuleState] = []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores."""
@@ -100,7 +101,8 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         if state.global_step % self.interval == 0:
-            for module_state in perturbed_states(model, "an adaptive strength"):
+            self._measuring = perturbed_states(model, "an adaptive strength")
+            for module_state in self._measuring:
                 module_state.meter = EntropyMeter(ROWS)
 
     def on_step_end(
@@ -111,8 +113,9 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        states = perturbed_states(model, "an adaptive strength")
-        if states[0].meter is None:
+        # Most steps measure nothing, and then there is nothing to look up in the model.
+        states, self._measuring = self._measuring, []
+        if not states:
             return
         entropies = [
             _measured(module_state, len(gains)) for module_state, gains in zip(states, self.gains, strict=True)
@@ -133,12 +136,9 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.entropy is not None and logs is not None and "loss" in logs:
-            all_gains = [gain for gains in self.gains for gain in gains]
-            values = {"attention_drop_gain": sum(all_gains) / len(all_gains), "attention_entropy": self.entropy}
-            # The Trainer has already copied the logs to the history.
-            for entry in (logs, state.log_history[-1]):
-                entry.update(values)
+        if self.entropy is not None:
+            gains = [gain for of_module in self.gains for gain in of_module]
+            log_along(logs, state, attention_drop_gain=sum(gains) / len(gains), attention_entropy=self.entropy)
 
     def on_train_end(
         self,
@@ -162,6 +162,19 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         for module_state, gains in zip(states, self.gains, strict=True):
             module_state.meter = None
             module_state.scale(module_state.factor, torch.tensor(gains, dtype=torch.float64))
+
+
+def log_along(logs: dict[str, Any] | None, state: TrainerState, **values: float) -> None:
+    """Adds values to the logs of a training loss, and to the history, into which the Trainer has already copied them.
+
+    Args:
+        logs (`dict[str, Any]`, *optional*): those that a callback gets.
+        state ([`~transformers.TrainerState`]): with the history.
+        values (`float`): to add, by name.
+    """
+    if logs is not None and "loss" in logs:
+        for entry in (logs, state.log_history[-1]):
+            entry.update(values)
 
 
 def check_adaptive(target_entropy: Any, interval: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..attention.parts import configs_of, transformers_models
 from ..configure import perturbed_states, scale_attention_drop
 from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY
-from .adaptive import AdaptiveStrengthCallback
+from .adaptive import AdaptiveStrengthCallback, log_along
 from .schedule import AttentionDropSchedule, schedule_of
 
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase
 else:
     TrainerBase = object
-
-FACTOR = "attention_drop_factor"
 
 
 class ScheduleMixin(TrainerBase):
@@ -135,10 +133,8 @@ class AttentionDropScheduleCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.factor is not None and logs is not None and "loss" in logs:
-            # The Trainer has already copied the logs to the history.
-            for entry in (logs, state.log_history[-1]):
-                entry[FACTOR] = self.factor
+        if self.factor is not None:
+            log_along(logs, state, attention_drop_factor=self.factor)
 
     def on_train_end(
         self,
