@@ -156,7 +156,7 @@ class Engine:
         planned = {}
         for trial in trials:
             if trial in self._trials:
-                chosen = sample(trial, queue.space, metric, direction, earlier)
+                chosen = sample(trial, len(self._trials), queue.space, metric, direction, earlier)
                 run = self.study.tuning_run(method, trial, chosen)
                 planned[run.name] = run
         return planned

@@ -50,6 +50,21 @@ class Space:
             f"with at least one number or text, got {value!r}."
         )
 
+    def at(self, position: float) -> Any:
+        """The value at a position between 0, the low end or first choice, and 1, the high end or last choice.
+
+        Example:
+
+        >>> Space(0.01, 1.0, log=True).at(0.5), Space(1, 4).at(0.9), Space(choices=("mask", "zero")).at(0.2)
+        (0.1, 4, 'mask')
+        """
+        if self.choices:
+            return self.choices[min(int(position * len(self.choices)), len(self.choices) - 1)]
+        # An integer stands for the interval up to the next one.
+        high = self.high + isinstance(self.low, int) * isinstance(self.high, int)
+        value = self.low * (high / self.low) ** position if self.log else self.low + position * (high - self.low)
+        return value if high == self.high else min(int(value), self.high)
+
     def __str__(self) -> str:
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"

@@ -88,6 +88,13 @@ class RunArguments:
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate during training."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+    save_model: bool = field(
+        default=True,
+        metadata={
+            "help": "Save the trained model at the end; false keeps only its metrics, plots and card, for comparisons "
+            "of many runs."
+        },
+    )
     logging_steps: float = field(
         default=0.05, metadata={"help": "Steps between two logs of the loss; below 1, a fraction of all steps."}
     )

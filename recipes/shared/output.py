@@ -40,11 +40,17 @@ def check_output_dir(arguments: TrainingArguments) -> str | None:
         `str`, *optional*: the checkpoint folder.
 
     Raises:
-        ValueError: if the checkpoint is missing, or the folder is not empty and the run does not resume in it.
+        ValueError:
+            If the checkpoint is missing, if the folder is not empty and the run does not resume in it, or if a model
+            is to be uploaded that is not saved.
     """
     folder = Path(arguments.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: expected a folder, {folder} is a file.")
+    if arguments.push_to_hub and not arguments.save_model:
+        raise ValueError(
+            "--push_to_hub uploads the trained model, which --save_model false would not write. Leave out one of them."
+        )
     checkpoint = find_checkpoint(arguments)
     is_continued = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
     is_free = not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir())

@@ -8,7 +8,7 @@ from .output import describe_attention
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], dict[str, str]]:
-    """Trains the model and saves it in the output folder.
+    """Trains the model and saves it in the output folder, unless `--save_model false` asks not to.
 
     Args:
         trainer ([`~transformers.Trainer`]): with the arguments of a recipe.
@@ -26,8 +26,9 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
-    # Otherwise it would upload the run before its metrics and card are written.
-    trainer.save_model(_internal_call=True)
+    if trainer.args.save_model:
+        # Otherwise it would upload the run before its metrics and card are written.
+        trainer.save_model(_internal_call=True)
     trainer.save_state()
     num_processes = trainer.args.world_size
     processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
