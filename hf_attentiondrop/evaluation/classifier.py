@@ -232,7 +232,12 @@ def _attacked(
         for name, curve in curves.items()
         for result in curve[1:]
     ]
-    return curves, {"norm": "linf", **space, "samples": clean.total, "attacks": rows}
+    # The same by name, for comparisons of runs: attack to fraction of the largest epsilon to accuracy.
+    accuracies = {
+        name: {f"{fraction:g}": result.accuracy for fraction, result in zip(EPSILON_FRACTIONS, curve, strict=True)}
+        for name, curve in curves.items()
+    }
+    return curves, {"norm": "linf", **space, "samples": clean.total, "attacks": rows, "accuracies": accuracies}
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

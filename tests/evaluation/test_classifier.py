@@ -85,6 +85,12 @@ def test_images(implementation: str) -> None:
     assert (robustness["samples"], robustness["space"], robustness["norm"]) == (7, "pixels", "linf")
     rows = {(row["name"], round(row["epsilon"] * 255)): row["accuracy"] for row in robustness["attacks"]}
     assert set(rows) == {("none", 0)} | {(name, e) for name in ("FGSM", "PGD-10", "PGD-20") for e in (2, 4, 8)}
+    assert robustness["accuracies"]["PGD-20"] == {
+        "0": rows["none", 0],
+        "0.25": rows["PGD-20", 2],
+        "0.5": rows["PGD-20", 4],
+        "1": rows["PGD-20", 8],
+    }
     first = [batches[0], {name: value[:2] for name, value in batches[1].items()}]
     assert rows["FGSM", 2] == robust_accuracy(model, first, Attack.fgsm(2 / 255), NORMALIZATION).accuracy
     assert rows["none", 0] == sum((predict(model, first)[0].argmax(-1) == predict(model, first)[1]).tolist()) / 7
