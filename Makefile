@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_OPTIONS = -n 2 --dist loadgroup
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: compare demo test test-all test-versions install style model_cards
+.PHONY: compare demo dist test test-all test-versions install style model_cards
 
 demo: $(VENV)/recipes.installed
 	$(VENV)/bin/accelerate launch recipes/image_classification.py --output_dir runs/demo --overwrite_output_dir \
@@ -38,6 +38,17 @@ style: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# The source distribution and the wheel of a release, checked and not uploaded.
+dist: $(VENV)/dev.installed
+	rm -rf build dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
 
 $(VENV)/%.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
