@@ -5,7 +5,7 @@ from importlib.metadata import version
 from packaging.version import Version
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 MINIMUM_VERSIONS = {"torch": "2.11.0", "transformers": "5.16.0"}
 

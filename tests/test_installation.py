@@ -1,5 +1,6 @@
 """Installation: the instructions, the first example of the README, and the files of the wheel."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,16 @@ from .recipe_runs import ROOT
 from .test_hub import content
 
 
-TEXTS = ("*.md", "docs/*.md", "model_cards/*/*.md", "hf_attentiondrop/**/*.py", "recipes/**/*.py", "recipes/**/*.yaml")
+TEXTS = (
+    "*.md",
+    "docs/**/*.md",
+    "model_cards/*/*.md",
+    "studies/*.md",
+    ".github/**/*.*",
+    "recipes/**/*.py",
+    "recipes/**/*.yaml",
+)
+TEXTS += ("hf_attentiondrop/**/*.py", "hf_attentiondrop/**/*.md")
 
 
 def python_blocks(text: str) -> list[str]:
@@ -33,11 +43,6 @@ def test_no_text_installs_the_package_by_its_name() -> None:
     assert [path for path in sources if re.search(r"pip install \S*hf.attentiondrop\b", path.read_text())] == []
 
 
-def test_the_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(python_blocks((ROOT / "README.md").read_text())[0], {})
-    assert "BertForSequenceClassification: 2 of 2 attention modules are perturbed" in capsys.readouterr().out
-
-
 def test_a_card_starts_with_how_to_load_learned_weights() -> None:
     text = build_card(content(needs_plugin=True)).text
     first = re.search(r"```\w+\n(.*?)\n", text)[1]
@@ -48,18 +53,26 @@ def test_a_card_starts_with_how_to_load_learned_weights() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Builds the wheel and the source distribution, without network, from a copy that keeps the clone clean."""
-    source, output = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
-    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
+    """Builds the source distribution, and the wheel from it, without network, in a copy that keeps the clone clean."""
+    source, unpacked, output = (tmp_path_factory.mktemp(name) for name in ("source", "unpacked", "dist"))
+    for name in ("CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     for name in ("hf_attentiondrop", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    program = "from setuptools.build_meta import *; build_wheel({0!r}); build_sdist({0!r})"
-    command = [sys.executable, "-c", program.format(str(output))]
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    [wheel], [sdist] = output.glob("*.whl"), output.glob("*.tar.gz")
-    return {"wheel": wheel, "sdist": sdist}
+
+    def build(kind: str, folder: Path) -> Path:
+        program = f"import setuptools.build_meta as backend; backend.build_{kind}({str(output)!r})"
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        [distribution] = output.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+        return distribution
+
+    sdist = build("sdist", source)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked, filter="data")
+    return {"sdist": sdist, "wheel": build("wheel", next(unpacked.iterdir()))}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) -> None:
@@ -74,9 +87,26 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
 
 def test_the_source_distribution_holds_no_test(built: dict[str, Path]) -> None:
     with tarfile.open(built["sdist"]) as sdist:
-        names = [name.partition("/")[2] for name in sdist.getnames()]
-    assert "hf_attentiondrop/hub/model_card.md" in names and "README.md" in names
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml"} <= names
     assert [name for name in names if name.startswith("tests")] == []
+
+
+def test_the_first_example_of_the_readme_runs_with_the_wheel_alone(built: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder]
+    subprocess.run([*pip, built["wheel"]], check=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+
+    def output(*command: str | Path) -> str:
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, check=True, **options).stdout
+
+    example = python_blocks((ROOT / "README.md").read_text())[0] + "print(hf_attentiondrop.__file__)\n"
+    printed = output(sys.executable, "-c", example)
+    assert "BertForSequenceClassification: 2 of 2 attention modules are perturbed" in printed
+    assert str(folder) in printed
+    assert output(folder / "bin" / "hf-attentiondrop", "--version") == f"hf-attentiondrop {__version__}\n"
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(

@@ -1,6 +1,7 @@
 """The package as a whole: its exports and dependencies."""
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -11,10 +12,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import hf_attentiondrop
+from hf_attentiondrop.training.card import R_DROP
+from hf_attentiondrop.training.dropconnect import CITATION as DROPCONNECT
 from hf_attentiondrop.version import MINIMUM_VERSIONS
 
 
 ROOT = Path(__file__).parents[1]
+REFERENCES = (ROOT / "docs" / "references.bib").read_text(encoding="utf-8")
 # Imported only where an extra is used; if it is missing, the error names it.
 OPTIONAL = {"PIL", "datasets", "evaluate", "matplotlib", "optuna", "scipy", "sklearn", "sqlalchemy", "tqdm", "triton"}
 OPTIONAL |= {"yaml"}
@@ -58,6 +62,22 @@ def test_the_oldest_versions_are_those_that_import_checks() -> None:
         assert Version(declared) == Version(minimum)
 
 
-def test_the_citation_names_the_version() -> None:
+def test_the_citations_and_the_changelog_name_the_version() -> None:
+    heading = r"^## (\S+) - (\d{4}-\d\d-\d\d)$"
+    version, date = re.search(heading, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE).groups()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == hf_attentiondrop.__version__
+    assert (citation["version"], str(citation["date-released"])) == (version, date)
+    assert f"  version = {{{version}}},\n  year    = {{{date[:4]}}}\n" in REFERENCES
+    current = Version(hf_attentiondrop.__version__)
+    assert current == Version(version) or (current.is_devrelease and current > Version(version))
+
+
+def test_every_paper_that_the_code_names_can_be_cited() -> None:
+    page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    sources = [*(ROOT / "hf_attentiondrop").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+    named = {number for path in sources for number in re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8"))}
+    assert len(named) > 8 and named <= set(re.findall(r"https://arxiv\.org/abs/([\d.]+)\)", page))
+    entries = re.findall(r"^@\w+\{(\w+),$", REFERENCES, re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    assert set(entries) == set(re.findall(r"`(\w+)`", " ".join(re.findall(r"\| ([^|]*) \|$", page, re.MULTILINE))))
+    assert R_DROP in REFERENCES and DROPCONNECT in REFERENCES

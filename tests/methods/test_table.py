@@ -22,6 +22,7 @@ from . import module_of
 
 FOLDER = Path(methods.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
+REFERENCES = (DOCS / "references.bib").read_text(encoding="utf-8")
 
 
 def check_row(method: type[Method]) -> None:
@@ -42,6 +43,9 @@ def check_row(method: type[Method]) -> None:
             missing = [field for field in ("name", "text", "formula", "citation") if not getattr(card, field)]
             assert not missing, f"The card of {method.__name__} has no {', '.join(missing)}."
             assert card.citation.startswith("@"), f"The citation of {method.__name__} is not BibTeX."
+            assert card.citation in REFERENCES, (
+                f"docs/references.bib has another citation of {method.__name__}, or none."
+            )
             json.dumps(card.settings)
     if issubclass(method, Perturbation):
         assert method.scheduled in method.settings(), f"{method.__name__} has no setting {method.scheduled!r}."
