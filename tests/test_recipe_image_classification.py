@@ -242,6 +242,9 @@ def test_pushing_without_a_login_fails_before_training(
 ) -> None:
     line = error_line(recipe, capfd, "--push_to_hub", *SMALL, "--output_dir", tmp_path / "out")
     assert "offline" in line
+    unsaved = ("--push_to_hub", "--save_model", "false")
+    line = error_line(recipe, capfd, *unsaved, *SMALL, "--output_dir", tmp_path / "out")
+    assert "--push_to_hub uploads the trained model, which --save_model false would not write." in line
     assert not (tmp_path / "out").exists()
 
 

@@ -202,9 +202,12 @@ def test_the_trained_model_is_evaluated_once(monkeypatch: pytest.MonkeyPatch, tm
 
     add_callback(recipe, monkeypatch, Count())
     flags = [*QUICK, "--do_eval", "--eval_strategy", "steps", "--eval_steps", "2", "--max_eval_samples", "16"]
-    flags += ["--output_dir", str(tmp_path)]
+    flags += ["--save_model", "false", "--save_strategy", "no", "--output_dir", str(tmp_path)]
     recipe.main(["--max_steps", "2", *flags])
     assert evaluated == [(2, read(tmp_path)["eval_loss"])]
+    # Of the model, a run that saves none keeps only its card.
+    assert (tmp_path / "README.md").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt")]
     if name == "causal_lm":
         # If training ends after the last evaluation, the weights differ.
         recipe.main(["--max_steps", "3", *flags, "--overwrite_output_dir"])

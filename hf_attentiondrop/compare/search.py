@@ -1,5 +1,6 @@
 """The search of a study: which arguments of which method are tried before the test, and with which values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class Space:
         # An integer stands for the interval up to the next one.
         high = self.high + isinstance(self.low, int) * isinstance(self.high, int)
         value = self.low * (high / self.low) ** position if self.log else self.low + position * (high - self.low)
-        return value if high == self.high else min(int(value), self.high)
+        return value if high == self.high else min(math.floor(value), self.high)
 
     def __str__(self) -> str:
         if self.choices:
