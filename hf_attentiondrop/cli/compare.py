@@ -120,6 +120,8 @@ def _read_study(arguments: argparse.Namespace) -> "tuple[Study, Path]":
 def _check_folder(folder: Path, study: "Study") -> None:
     """Raises for a folder that belongs to something else, or to this study as it was before a change."""
     from ..compare.parsing import read_yaml
+    from ..compare.results import RESULTS_FILE, read_runs
+    from ..compare.study import changeable
 
     file = folder / STUDY_FILE
     if not folder.exists() or (folder.is_dir() and not file.exists() and not any(folder.iterdir())):
@@ -128,7 +130,7 @@ def _check_folder(folder: Path, study: "Study") -> None:
         raise ValueError(
             f"expected the folder of this study, an empty folder or none, got {str(folder)!r}. Name another one."
         )
-    if differences := study.differences(read_yaml(file)):
+    if differences := study.differences(read_yaml(file), changeable(read_runs(folder / RESULTS_FILE))):
         raise ValueError(
             f"{str(folder)!r} holds another study: {differences}. Runs of both would be mixed. Undo the change, name "
             "another folder, or delete that one."

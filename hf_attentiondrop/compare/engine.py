@@ -6,7 +6,7 @@ add the runs that can run by now to their queues, take one, and start over until
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .results import RESULTS_FILE, Run, write_runs
 from .runs import execute
 from .sampling import round_of, sample
 from .script import Script
-from .study import PlannedRun, Study
+from .study import PlannedRun, Study, changeable
 
 
 # The attribute of the Optuna study with the study itself.
@@ -40,7 +40,8 @@ class Engine:
         report (`Callable`, *optional*): called after each run of this machine, with its record and all records.
 
     Raises:
-        ValueError: if the database cannot be opened, or has another study of the same title.
+        ValueError: if the database cannot be opened, or has another study of the same title. One that differs in its
+            metrics alone is the same, until runs that were measured by them have been completed.
     """
 
     def __init__(
@@ -59,18 +60,16 @@ class Engine:
         database = open_storage(storage)
         metric, direction = next(iter(study.metrics.items()))
         self._tests = Queue(database, study.title, metric, direction)
-        stored = self._tests.study.user_attrs.get(STUDY_KEY, study.to_dict())
-        if differences := study.differences(stored):
-            raise ValueError(
-                f"the database already has a study {study.title!r}: {differences}. Change the title of this one."
-            )
-        self._tests.study.set_user_attr(STUDY_KEY, study.to_dict())
         self._tuning: dict[str, Queue] = {}
+        # Before the queues for the tuning of another study are created, and again when its tuning runs are known.
+        self._check_title()
         if study.search is not None:
             metric, direction = study.objective
             for method in study.methods:
                 name, space = f"{study.title} (tuning of {method})", study.search.space(method)
                 self._tuning[method] = Queue(database, name, metric, direction, space)
+        self._check_title()
+        self._tests.study.set_user_attr(STUDY_KEY, study.to_dict())
 
     def run(self) -> list[Run]:
         """Runs until all runs of the study have ended, here or elsewhere, and returns their records.
@@ -120,7 +119,27 @@ class Engine:
         if run.phase == "test" and self._tuning and run.method not in self._best():
             log = "All tuning runs of this method failed, so it has no arguments to test."
             return Run(run.method, run.seed, run.phase, run.trial, "failed", run.arguments, log=log)
-        return execute(run, self.study, self.script, self.folder, self._processes, variables)
+
+        def is_first() -> bool:
+            return all((other.phase, other.state) != (run.phase, "complete") for other in self.records())
+
+        record = execute(run, self.study, self.script, self.folder, self._processes, variables, is_first)
+        if self._differences():
+            raise ValueError(
+                "another worker has begun with a corrected version of this study. Start that one here, too."
+            )
+        return record
+
+    def _check_title(self) -> None:
+        if differences := self._differences(changeable(self.records())):
+            raise ValueError(
+                f"the database already has a study {self.study.title!r}: {differences}. Change the title of this one."
+            )
+
+    def _differences(self, changeable: Collection[str] = ()) -> str:
+        """What differs from the study in the database, see [`Study.differences`]."""
+        stored = self._tests.study.user_attrs.get(STUDY_KEY, self.study.to_dict())
+        return self.study.differences(stored, changeable)
 
     def _choose(self) -> tuple[Queue | None, bool]:
         """A queue with a run to take, if there is one, and whether all runs have ended."""

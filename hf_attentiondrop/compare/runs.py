@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ ACCELERATE = (
 )
 
 
+class MissingMetric(ValueError):
+    """Raised for a metric of the study that a run did not write, although it ended without an error."""
+
+
 def command_line(planned: PlannedRun, study: Study, script: Script, folder: Path) -> list[str]:
     """The command of a run.
 
@@ -54,7 +58,13 @@ def run_folder(planned: PlannedRun, folder: Path) -> Path:
 
 
 def execute(
-    planned: PlannedRun, study: Study, script: Script, folder: Path, processes: Processes, variables: Mapping[str, str]
+    planned: PlannedRun,
+    study: Study,
+    script: Script,
+    folder: Path,
+    processes: Processes,
+    variables: Mapping[str, str],
+    is_first: Callable[[], bool],
 ) -> Run:
     """Runs the script and returns the record.
 
@@ -67,9 +77,11 @@ def execute(
         folder (`Path`): of the study.
         processes ([`Processes`]): that the run belongs to.
         variables (`Mapping[str, str]`): for the environment of the run, such as `CUDA_VISIBLE_DEVICES`.
+        is_first (`Callable`): whether no run of its phase has been completed.
 
     Raises:
         Interrupted: if `processes` were stopped.
+        MissingMetric: if the first run lacks a metric: probably all will, because its name in the study is wrong.
     """
     output = run_folder(planned, folder)
     log = output.with_name(f"{output.name}.log")
@@ -82,6 +94,12 @@ def execute(
         metrics, versions = read_metrics(output / METRICS_FILE, ended, wanted)
         failure = None
     except ValueError as error:
+        if isinstance(error, MissingMetric) and is_first():
+            key = "metrics" if planned.phase == "test" else "search.metric"
+            raise MissingMetric(
+                f"{planned.name}: {error} All other runs would probably fail, too. Correct `{key}` of the study, or "
+                "the script, and start it again: it repeats this run and keeps those that have ended."
+            ) from error
         metrics, versions, failure = {}, {}, f"{error}\n{last_lines(log)}"
     if planned.phase == "tune":
         # Measurements on the test data are for the test runs alone.
@@ -112,7 +130,8 @@ def read_metrics(path: Path, ended: Ended, wanted: list[str]) -> tuple[dict[str,
         wanted (`list[str]`): metrics that must be there.
 
     Raises:
-        ValueError: if the run failed, in any way; the message says why.
+        MissingMetric: if the script ended without an error, but did not write a wanted metric.
+        ValueError: if the run failed, in any other way; the message says why.
     """
     if ended.code != 0:
         killed = f"was killed by signal {-ended.code}" + (" (out of memory?)" if ended.code == -9 else "")
@@ -124,14 +143,16 @@ def read_metrics(path: Path, ended: Ended, wanted: list[str]) -> tuple[dict[str,
     except (ValueError, AttributeError) as error:
         raise ValueError(f"The script wrote a {path.name} that is no JSON object: {error}") from error
     numbers = {name: value for name, value in values.items() if is_number(value)}
-    for name in wanted:
-        if name not in numbers:
-            raise ValueError(
-                f"The script wrote no number {name!r} into {path.name}.{suggestion(name, numbers)} It has "
-                f"{', '.join(numbers) or 'none'}."
-            )
-        if not math.isfinite(numbers[name]):
-            raise ValueError(f"The script wrote {name} = {numbers[name]} into {path.name}: the training diverged.")
+    if missing := [name for name in wanted if name not in numbers]:
+        raise MissingMetric(
+            f"The script wrote no number {' and no '.join(map(repr, missing))} into {path.name}."
+            f"{''.join(suggestion(name, numbers) for name in missing)} It has {', '.join(numbers) or 'none'}."
+        )
+    if not_finite := [f"{name} = {numbers[name]}" for name in wanted if not math.isfinite(numbers[name])]:
+        raise ValueError(
+            f"The script wrote {' and '.join(not_finite)} into {path.name}. A metric that is not finite has no mean, "
+            "so the run counts as failed: the training may have diverged, or the metric is undefined."
+        )
     versions = {name: str(value) for name, value in values.items() if name.startswith("versions/")}
     return (
         {name: value for name, value in numbers.items() if math.isfinite(value)},

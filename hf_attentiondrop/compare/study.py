@@ -2,8 +2,8 @@
 YAML file."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ class Study(Config):
         if self.search is not None:
             for method in self.search.spaces:
                 self._check_method("search.spaces", method)
-            self._check_objective()
+            self._check_objective(self.search)
 
     def _check_method(self, where: str, name: Any) -> None:
         if name not in self.methods:
@@ -132,13 +132,17 @@ class Study(Config):
                 f"{suggestion(name, self.methods)}"
             )
 
-    def _check_objective(self) -> None:
-        name = self.objective[0]
-        if name not in self.metrics and isinstance(self.search.metric, str):  # type: ignore[union-attr]
-            raise ValueError(
-                f"Study: `search.metric` {name!r} is none of the metrics, so its direction is unknown. "
-                f"Write metric: {{{name}: higher}}, or lower."
-            )
+    def _check_objective(self, search: Search) -> None:
+        """Checks the metric of the search, and gives it the direction that it has among the metrics."""
+        if isinstance(search.metric, str):
+            if search.metric not in self.metrics:
+                raise ValueError(
+                    f"Study: `search.metric` {search.metric!r} is none of the metrics, so its direction is unknown. "
+                    f"Write metric: {{{search.metric}: higher}}, or lower."
+                )
+            metric = {search.metric: self.metrics[search.metric]}
+            object.__setattr__(self, "search", replace(search, metric=metric))
+        name, _ = self.objective
         if name.startswith("test_"):
             raise ValueError(
                 f"Study: `search.metric` must be measured on validation data, got {name!r}: settings chosen by the "
@@ -148,8 +152,7 @@ class Study(Config):
     @property
     def objective(self) -> tuple[str, Direction]:
         """The metric of the search and its direction."""
-        metric = self.search.metric  # type: ignore[union-attr]
-        return next(iter(metric.items())) if isinstance(metric, dict) else (metric, self.metrics.get(metric, "higher"))
+        return next(iter(self.search.metric.items()))  # type: ignore[union-attr]
 
     def given_arguments(self) -> dict[str, Mapping[str, Any]]:
         """All arguments of the script, by the place in the study that gives them."""
@@ -193,16 +196,29 @@ class Study(Config):
         """The study as plain values, which [`parse_study`] reads."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def differences(self, earlier: Mapping[str, Any]) -> str:
+    def differences(self, earlier: Mapping[str, Any], changeable: Collection[str] = ()) -> str:
         """What differs from an earlier study, in words; empty if nothing does. The folder of the script does not
         count, because it may differ between machines.
 
         Args:
             earlier (`Mapping`): from [`Study.to_dict`].
+            changeable (`Collection[str]`): what may differ, from [`changeable`].
         """
         old, new = (flatten({**values, "script": Path(values["script"]).name}) for values in (earlier, self.to_dict()))
-        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        fixed = [name for name in {**old, **new} if not name.startswith(tuple(changeable))]
+        changed = [name for name in fixed if old.get(name) != new.get(name)]
         return "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
+
+
+def changeable(runs: Iterable[Run]) -> list[str]:
+    """What a study may still change: its metrics before the first complete test run, and the metric of its search
+    before the first complete tuning run.
+
+    Args:
+        runs (`Iterable[Run]`): those of the study that have ended.
+    """
+    complete = {run.phase for run in runs if run.state == "complete"}
+    return [name for phase, name in (("test", "metrics"), ("tune", "search/metric")) if phase not in complete]
 
 
 def parse_study(values: Any) -> Study:

@@ -59,7 +59,8 @@ def test_a_failed_run_is_kept_and_stops_no_other(tmp_path: Path, starts: Path, c
         "fail": "ended with exit code 1.\nTraceback (most recent call last):\n",
         "kill": "was killed by signal 9 (out of memory?).",
         "silent": "ended without an error, but wrote no metrics.json into its --output_dir.",
-        "diverge": "wrote test_score = nan into metrics.json: the training diverged.",
+        "diverge": "wrote test_score = nan into metrics.json. A metric that is not finite has no mean, so the run "
+        "counts as failed: the training may have diverged, or the metric is undefined.",
         "empty": "wrote no number 'test_score' into metrics.json. It has none.",
     }
     assert runs.keys() == expected.keys()
