@@ -1,4 +1,5 @@
-"""Reading the YAML file of a study: no key twice, no unknown one, and none missing."""
+"""Reading the YAML file of a study: no key twice, none that YAML takes for something else than a text, no unknown one,
+and none missing."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields
@@ -17,7 +18,7 @@ def read_yaml(path: str | Path) -> Any:
     """Reads a YAML file.
 
     Raises:
-        ValueError: if it does not exist, is not YAML, or has a key twice.
+        ValueError: if it does not exist, is not YAML, has a key twice, or one that is no text.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +79,8 @@ def is_directions(value: Any) -> bool:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a repeated key is an error (PyYAML silently keeps its last value) and a date is a text."""
+    """YAML in which a date is a text. A key is an error if it is no text, or repeated: PyYAML silently keeps its last
+    value."""
 
     yaml_implicit_resolvers = {
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -89,4 +91,11 @@ class _UniqueKeys(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise yaml.MarkedYAMLError(problem=f"{repeated[0]!r} is there twice", problem_mark=node.start_mark)
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if not isinstance(name, str):
+                text = key.value if isinstance(key, yaml.ScalarNode) else "..."
+                raise yaml.MarkedYAMLError(
+                    problem=f"a name must be a text, and YAML reads {text} as {name!r}: write it in quotes, '{text}'",
+                    problem_mark=key.start_mark,
+                )
         return super().construct_mapping(node, deep)

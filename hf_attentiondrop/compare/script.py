@@ -123,8 +123,9 @@ def find_script(script: str, folder: Path) -> Path:
     for path in (folder / script, Path(script)):
         if path.is_file():
             return path.resolve()
+    folders = " or ".join(dict.fromkeys((str(folder.resolve()), str(Path.cwd()))))
     raise ValueError(
-        f"found no script {script!r} in {folder.resolve()} or {Path.cwd()}. The recipes are in the repository and not "
+        f"found no script {script!r} in {folders}. The recipes are in the repository and not "
         "in the installed package: run this command in a clone, or name the path of the script."
     )
 

@@ -86,6 +86,11 @@ class Study(Config):
     def __post_init__(self) -> None:
         self._check("title", is_text, "a text", "It heads the report.")
         self._check("script", is_text, "the path of a Python file", "Each run is a run of this script.")
+        if is_mapping(self.methods) and None in self.methods.values():
+            empty = [f"{method}: {{}}" for method, arguments in self.methods.items() if arguments is None]
+            raise ValueError(
+                f"Study: `methods` needs arguments for every method, write {' and '.join(empty)} for none."
+            )
         self._check(
             "methods",
             lambda value: is_nested(value) and len(value) > 1,

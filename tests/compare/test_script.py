@@ -56,3 +56,7 @@ def test_a_script_is_found_next_to_the_study_or_here(tmp_path: Path, monkeypatch
     (tmp_path / "here" / "b.py").touch()
     assert find_script("a.py", tmp_path) == tmp_path / "a.py"
     assert find_script("b.py", tmp_path) == tmp_path / "here" / "b.py"
+    with pytest.raises(ValueError, match=f"found no script 'c.py' in {tmp_path} or {tmp_path / 'here'}\\. The"):
+        find_script("c.py", tmp_path)
+    with pytest.raises(ValueError, match=f"found no script 'c.py' in {tmp_path / 'here'}\\. The"):
+        find_script("c.py", Path())

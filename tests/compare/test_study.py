@@ -23,7 +23,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "missing script": ({"script": "train.py"}, "script: found no script 'train.py' in "),
     "one method": ({"methods": {"none": {}}}, "`methods` must be a mapping from at least two methods"),
     "list of methods": ({"methods": ["none", "low"]}, "`methods` must be a mapping from at least two methods"),
-    "method without mapping": ({"methods": {"none": None, "low": {}}}, "{} for none, got {'none': None, 'low': {}}"),
+    "method as number": ({"methods": {"none": 1, "low": {}}}, "{} for none, got {'none': 1, 'low': {}}"),
+    "method without mapping": ({"methods": {"none": None, "low": {}}}, "for every method, write none: {} for none."),
     "method as path": ({"methods": {"none": {}, "../x": {}}}, "got '../x': it names a folder."),
     "unknown reference": (
         {"reference": "nine"},
@@ -78,6 +79,11 @@ TEXTS = {
     "no file": (None, "there is no file"),
     "no YAML": ("title: [", "expected YAML, "),
     "no mapping": ("- a\n- b", "`study` must be a mapping of the fields of a Study, got ['a', 'b']."),
+    "boolean as name": (
+        "methods:\n  dropout: {p: 0.1}\n  no: {}\n",
+        "a name must be a text, and YAML reads no as False: write it in quotes, 'no'",
+    ),
+    "number as name": ("methods:\n  0.10: {}\n", "YAML reads 0.10 as 0.1: write it in quotes, '0.10'"),
     "key twice": ("methods:\n  a: {}\n  a: {p: 1}\n", "'a' is there twice"),
 }
 
