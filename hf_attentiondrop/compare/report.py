@@ -12,7 +12,7 @@ from .facts import Table, environment, extent, failed_runs, settings_table
 from .plots import forest_plot, trade_off_plot
 from .rendering import log_tail, render, svg, text_table
 from .results import RESULTS_FILE, Question, Run
-from .sentences import MISSING, base_name, format_estimate, format_p, format_ratio, sentence
+from .sentences import MISSING, format_estimate, format_p, format_ratio, sentence
 
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ def _trade_off(question: Question, compared: Mapping[str, Mapping[str, Compariso
 
     def find(direction: str, pattern: str) -> str | None:
         found = (name for name, better in question.metrics.items() if better == direction)
-        return next((name for name in found if re.search(pattern, base_name(name))), None)
+        return next((name for name in found if re.search(pattern, name)), None)
 
-    accuracy, error = find("higher", r"accuracy$"), find("lower", r"calibration_error|^ece$")
+    accuracy, error = find("higher", r"accuracy$"), find("lower", r"calibration_error|\bece$|_ece$")
     if accuracy is None or error is None:
         return None
     names = (accuracy, error)

@@ -13,6 +13,7 @@ The sentence of a method has one clause per metric, the decided ones first:
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -34,31 +35,27 @@ class Words(NamedTuple):
     unit: str = ""
 
 
-ACCURACY = Words("accuracy", "more accurate", "less accurate")
-CALIBRATION = Words("calibration", "better calibrated", "worse calibrated", " ECE")
-WORDS = {"accuracy": ACCURACY, "expected_calibration_error": CALIBRATION, "ece": CALIBRATION}
-
-
-def base_name(metric: str) -> str:
-    """The name of a metric without the part of the data or the file that it is from.
-
-    >>> base_name("test_accuracy"), base_name("calibration.expected_calibration_error")
-    ('accuracy', 'expected_calibration_error')
-    """
-    name = metric.replace("/", ".").rpartition(".")[2]
-    return name.removeprefix("test_").removeprefix("eval_")
+# Metrics that have a word of their own in a sentence. All others go by the names that the tables show.
+SPOKEN = {
+    r"(test_|eval_)?accuracy": Words("accuracy", "more accurate", "less accurate"),
+    r"(calibration[/.])?(test_|eval_)?(expected_calibration_error|ece)": Words(
+        "calibration", "better calibrated", "worse calibrated", " ECE"
+    ),
+}
 
 
 def words_of(metric: str, metrics: Sequence[str]) -> Words:
     """How to speak of one of several metrics; those that would sound alike go by their full names.
 
-    >>> words_of("test_f1", ["test_f1"]).better, words_of("test_f1", ["test_f1", "eval_f1"]).better
-    ('better f1', 'better test_f1')
+    >>> words_of("test_accuracy", ["test_accuracy", "robust/accuracy"]).better
+    'more accurate'
+    >>> words_of("test_accuracy", ["test_accuracy", "eval_accuracy"]).better
+    'better test_accuracy'
     """
-    sounds = {name: _words(base_name(name)) for name in metrics}
-    if sum(words == sounds[metric] for words in sounds.values()) > 1:
-        return Words(metric, f"better {metric}", f"worse {metric}")
-    return sounds[metric]
+    spoken = {name: _spoken(name) for name in metrics}
+    if sum(words.noun == spoken[metric].noun for words in spoken.values()) > 1:
+        return _named(metric)
+    return spoken[metric]
 
 
 def sentence(comparisons: Mapping[str, Comparison], reference: str) -> str:
@@ -139,9 +136,12 @@ def format_ratio(ratio: float | None) -> str:
     return MISSING if ratio is None else f"{ratio:.2f}×"
 
 
-def _words(name: str) -> Words:
-    noun = name.replace("_", " ")
-    return WORDS.get(name, Words(noun, f"better {noun}", f"worse {noun}"))
+def _spoken(name: str) -> Words:
+    return next((words for pattern, words in SPOKEN.items() if re.fullmatch(pattern, name)), _named(name))
+
+
+def _named(name: str) -> Words:
+    return Words(name, f"better {name}", f"worse {name}")
 
 
 def _decided_clause(comparison: Comparison, words: Words) -> str:

@@ -19,16 +19,32 @@ CASES = {
     ),
     "order": (
         {"loss": comparison("perhaps worse"), "macro_f1": comparison("worse"), "accuracy": comparison("better")},
-        "more accurate: +0.031 ± 0.012; worse macro f1: +0.031 ± 0.012; "
+        "more accurate: +0.031 ± 0.012; worse macro_f1: +0.031 ± 0.012; "
         "perhaps worse loss: +0.031 ± 0.012 (adjusted p = 0.20).",
     ),
     "unclear": (
         {name: comparison("unclear") for name in ("accuracy", "ece", "robust_accuracy")},
-        "accuracy, calibration and robust accuracy cannot be told from dropout's.",
+        "accuracy, calibration and robust_accuracy cannot be told from dropout's.",
     ),
     "unknown": (
         {"accuracy": comparison("unknown", note="no seed"), "loss": comparison("unknown", note="no seed")},
         "accuracy and loss: no seed.",
+    ),
+    "prefix": (
+        {
+            "test_acc": comparison("better"),
+            "acc": comparison("unclear"),
+            "robust/test_accuracy": comparison("unclear"),
+        },
+        "better test_acc: +0.031 ± 0.012; acc and robust/test_accuracy cannot be told from dropout's.",
+    ),
+    "nested": (
+        {"a/b_c": comparison("better"), "a_b/c": comparison("worse"), "calibration/ece": comparison("unclear")},
+        "better a/b_c: +0.031 ± 0.012; worse a_b/c: +0.031 ± 0.012; calibration cannot be told from dropout's.",
+    ),
+    "validation and test": (
+        {"test_accuracy": comparison("better"), "eval_accuracy": comparison("unclear")},
+        "better test_accuracy: +0.031 ± 0.012; eval_accuracy cannot be told from dropout's.",
     ),
     "alike": (
         {"clean.accuracy": comparison("better"), "noisy.accuracy": comparison("worse", -0.031)},
