@@ -143,7 +143,7 @@ def _run(study: "Study", script: "Script", folder: Path, arguments: argparse.Nam
     from optuna.exceptions import StorageInternalError
     from tqdm import tqdm
 
-    from ..compare.engine import Engine
+    from ..compare.engine import Engine, visible_gpus
 
     def write_study() -> None:
         # Outside of the folder, and as a whole: another worker may look for it at the same time.
@@ -164,7 +164,7 @@ def _run(study: "Study", script: "Script", folder: Path, arguments: argparse.Nam
 
         with naming_flag("--storage" if arguments.storage else str(folder / DATABASE)):
             storage = arguments.storage or f"sqlite:///{folder.absolute() / DATABASE}"
-            engine = Engine(study, script, folder, storage, arguments.jobs, report)
+            engine = Engine(study, script, folder, storage, arguments.jobs, visible_gpus(), report)
         write_study()
         progress.initial = progress.n = len(engine.records())
         progress.refresh()

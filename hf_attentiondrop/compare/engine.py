@@ -6,7 +6,7 @@ add the runs that can run by now to their queues, take one, and start over until
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ class Engine:
         script ([`Script`]): of the study.
         folder (`Path`): for the runs and their results.
         storage (`str`): URL of a database.
-        jobs (`int`, defaults to 1): number of runs at the same time. If there are GPUs, each run has one.
+        jobs (`int`, defaults to 1): number of runs at the same time.
+        gpus (`Sequence[str]`, *optional*): entries of `CUDA_VISIBLE_DEVICES`, of which each run has one.
         report (`Callable`, *optional*): called after each run of this machine, with its record and all records.
 
     Raises:
@@ -51,9 +52,11 @@ class Engine:
         folder: Path,
         storage: str,
         jobs: int = 1,
+        gpus: Sequence[str] = (),
         report: Callable[[Run, list[Run]], Any] = lambda run, runs: None,
     ) -> None:
-        self.study, self.script, self.folder, self.jobs, self.report = study, script, folder, jobs, report
+        self.study, self.script, self.folder, self.report = study, script, folder, report
+        self._variables = [environment(slot, jobs, gpus) for slot in range(jobs)]
         self._processes = Processes()
         # Held by the thread that chooses a run, or writes the results.
         self._lock = Lock()
@@ -76,9 +79,8 @@ class Engine:
 
         If it is interrupted, it kills the runs of this machine, which can then be taken again.
         """
-        gpus = visible_gpus()
-        with ThreadPoolExecutor(self.jobs) as threads:
-            workers = [threads.submit(self._work, environment(slot, self.jobs, gpus)) for slot in range(self.jobs)]
+        with ThreadPoolExecutor(len(self._variables)) as threads:
+            workers = [threads.submit(self._work, variables) for variables in self._variables]
             try:
                 wait(workers, return_when=FIRST_EXCEPTION)
             finally:
@@ -201,13 +203,13 @@ def visible_gpus() -> list[str]:
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
 
 
-def environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
+def environment(slot: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:
     """Environment variables of the runs of a worker: one of the GPUs, or a share of the CPU's cores.
 
     Args:
         slot (`int`): number of the worker on this machine.
         jobs (`int`): number of workers on this machine.
-        gpus (`list[str]`): that they share.
+        gpus (`Sequence[str]`): that they share.
 
     Example:
 

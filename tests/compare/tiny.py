@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("--x", type=float, default=0.0, help="best at 0.3")
     parser.add_argument("--size", type=int, default=1)
     parser.add_argument("--layers", type=int, nargs="+", default=[])
-    parser.add_argument("--mode", choices=["plain", "fail", "kill", "silent", "diverge", "empty"], default="plain")
+    modes = ["plain", "fail", "kill", "silent", "diverge", "empty", "environment"]
+    parser.add_argument("--mode", choices=modes, default="plain")
     parser.add_argument("--gate", type=Path, help="wait until this file exists")
     parser.add_argument("--fast", action="store_true")
     arguments = parser.parse_args()
@@ -34,6 +35,9 @@ def main() -> None:
         os.kill(os.getpid(), 9)
     score = math.nan if arguments.mode == "diverge" else arguments.seed - (arguments.x - 0.3) ** 2 * arguments.size
     metrics = {"versions": {"tiny": "1.0"}, "is_tiny": True, "layers": arguments.layers}
+    if arguments.mode == "environment":
+        names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+        metrics["environment"] = {name: int(os.environ[name]) for name in names if os.environ.get(name)}
     if arguments.mode != "empty":
         metrics |= {"eval_score": score, "test_score": score, "calibration": {"error": 0.1 * arguments.seed}}
     if arguments.mode != "silent":
