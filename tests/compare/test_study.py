@@ -9,6 +9,7 @@ from hf_attentiondrop.cli import main
 from hf_attentiondrop.compare.study import parse_study, preset_path, read_study
 
 from ..cli.commands import failure
+from ..recipe_runs import ROOT
 from .studies import SEARCH, STUDY, write_study
 
 
@@ -181,6 +182,6 @@ def test_the_seeds_pair_the_runs() -> None:
     assert [run.trial for run in runs[:3]] == [0, 0, 4]
 
 
-def test_all_presets_are_studies() -> None:
-    for path in preset_path("regularizers").parent.glob("*.yaml"):
+def test_all_presets_and_files_of_the_repository_are_studies() -> None:
+    for path in (*preset_path("regularizers").parent.glob("*.yaml"), *(ROOT / "studies").glob("*.yaml")):
         assert read_study(path).seeds >= 3
