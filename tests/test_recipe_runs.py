@@ -189,6 +189,9 @@ def test_a_resumed_run_says_which_steps_it_reports(
     losses = [entry["loss"] for entry in read(resumed / "checkpoint-4", "trainer_state.json")["log_history"][-2:]]
     assert metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
     assert metrics["train_steps_per_second"] == pytest.approx(2 / metrics["train_runtime"], rel=0.01)
+    # Of all steps, because the log has them.
+    assert metrics["gradient_norms"] == read(whole)["gradient_norms"]
+    assert metrics["gradient_norms"]["steps"] == 4
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "image_classification", "text_classification"])

@@ -1,13 +1,19 @@
 """The training of a recipe, from the checkpoint to resume from to the saved model."""
 
+import math
+from dataclasses import asdict
+from typing import Any
+
 import transformers
 from transformers import Trainer
+
+from hf_attentiondrop.evaluation.gradients import gradient_norms
 
 from .checkpoints import delete_checkpoints, step_of
 from .output import describe_attention
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], dict[str, str]]:
+def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Trains the model and saves it in the output folder, unless `--save_model false` asks not to.
 
     Args:
@@ -16,7 +22,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
 
     Returns:
         `tuple`: the training metrics, and rows for the table of results. Those of a resumed run cover the steps since
-        the checkpoint, and say so.
+        the checkpoint, and say so. `gradient_norms` summarizes the norms that were logged, of all steps with
+        `--logging_steps 1`.
     """
     if trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero():
         delete_checkpoints(trainer.args.output_dir)
@@ -34,7 +41,11 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, float], d
     processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
     last = trainer.state.global_step
     steps = f"{last} steps" if first == 0 else f"steps {first + 1} to {last}, resumed,"
-    return _metrics_since(first, trainer, metrics), {
+    norms = [
+        entry["grad_norm"] for entry in trainer.state.log_history if math.isfinite(entry.get("grad_norm", math.nan))
+    ]
+    summary = {"gradient_norms": asdict(gradient_norms(norms))} if len(norms) > 1 else {}
+    return _metrics_since(first, trainer, metrics) | summary, {
         "training": f"{steps} in {metrics['train_runtime']:.0f} s on {processes}",
         "attention": describe_attention(trainer.model),
     }
