@@ -24,15 +24,16 @@ from .recipe_runs import GROUPED_NAMES, RECIPES, ROBUSTNESS_SAMPLES, ROOT, SMALL
 
 PUSHED = [*SMALL["image_classification"], "--max_steps", "1", "--max_eval_samples", "8", "--push_to_hub"]
 PICTURES = {
-    "image_classification": {"attention_entropy", "reliability", "robustness", "training"},
-    "text_classification": {"attention_entropy", "reliability", "robustness", "training"},
+    "image_classification": {"attention_entropy", "attention_maps", "reliability", "robustness", "training"},
+    "text_classification": {"attention_entropy", "attention_maps", "reliability", "robustness", "training"},
     "translation": {
+        "attention_maps",
         "cross_attention_entropy",
         "decoder_attention_entropy",
         "encoder_attention_entropy",
         "training",
     },
-    "causal_lm": {"attention_entropy", "training"},
+    "causal_lm": {"attention_entropy", "attention_maps", "training"},
 }
 
 
@@ -44,7 +45,7 @@ def test_every_run_writes_a_report(name: str, short_run: Callable[[str], Path]) 
     assert set(shown) == PICTURES[name]
     for picture in shown:
         with Image.open(folder / "plots" / f"{picture}.png") as image:
-            assert image.width == 600
+            assert image.width == (1200 if picture == "attention_maps" else 600)  # Three panels side by side.
     metrics = json.loads((folder / "metrics.json").read_text())
     assert all(means["entropy"] > 0 for means in metrics["attention"].values())
     assert "### AttentionDrop: hard attention masking" in card.text and "| `consistency_weight` | 0.5 |" in card.text

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.classifier import ClassifierEvaluation, evaluate_classifier, save_plots
 from ..evaluation.hub_access import check_path, offline_if_cut_off
 from ..evaluation.perturbation_space import Normalization, check_attackable
+from ..evaluation.sample_maps import map_first_sample
 from ..hub import CARD_FILE, METRICS_FILE, Data, describe_model, write_card
 from .checkpoint import load_classifier
 from .classes import class_numbers
@@ -82,7 +83,7 @@ def evaluate_checkpoint(
     evaluation = evaluate_classifier(
         model, batches, attacked_samples=attacked_samples, normalization=normalization, seed=seed
     )
-    plots = save_plots(folder, evaluation)
+    plots = save_plots(folder, evaluation, sample=map_first_sample(model, batches, processor))
     # Metrics that a Trainer reports too have the same names, here and in the metrics.json of a recipe.
     prefixed = ("accuracy", "samples")
     metrics = {f"eval_{name}" if name in prefixed else name: value for name, value in evaluation.metrics.items()}

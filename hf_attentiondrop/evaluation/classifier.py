@@ -26,6 +26,7 @@ from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
 from .running import check_batches, first_samples, mode, random_state_kept, to_device_of
+from .sample_maps import SampleMaps
 
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ def save_plots(
     evaluation: ClassifierEvaluation | None = None,
     attention: Mapping[str, AttentionStatistics] | None = None,
     log_history: Sequence[Mapping[str, float]] = (),
+    sample: SampleMaps | None = None,
 ) -> list[Path]:
     """Saves plots of reliability, robustness, attention and training, as far as they are given, in `folder/plots`.
 
@@ -169,6 +171,7 @@ def save_plots(
         evaluation ([`ClassifierEvaluation`], *optional*): of a classifier.
         attention (`Mapping[str, AttentionStatistics]`, *optional*): by stack, for a model that is not a classifier.
         log_history (`Sequence[Mapping[str, float]]`): `trainer.state.log_history`.
+        sample ([`SampleMaps`], *optional*): see [`~evaluation.sample_maps.map_first_sample`].
 
     Returns:
         `list[Path]`: the saved files.
@@ -176,7 +179,7 @@ def save_plots(
     Raises:
         ImportError: if matplotlib is missing.
     """
-    from ..evaluation import plots
+    from ..evaluation import map_plots, plots
 
     figures = {}
     if evaluation is not None:
@@ -193,6 +196,8 @@ def save_plots(
         title = "cross-attention" if part == "cross" else part and f"the {part}"
         uniform = measured.uniform_entropy.max().item()
         figures[name] = plots.attention_entropy_map(measured.entropy, title, uniform, measured.queries)
+    if sample is not None:
+        figures["attention_maps"] = map_plots.plot_attention_maps(*sample)
     if any("loss" in entry for entry in log_history):
         figures["training"] = plots.training_curves(log_history)
     paths = {name: Path(folder) / PLOTS_FOLDER / f"{name}.png" for name in figures}

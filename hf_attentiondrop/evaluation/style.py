@@ -16,8 +16,9 @@ LINES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (ORANGE, "D"), (PURPLE, "v
 INCHES, DOTS_PER_INCH = 6.0, 100
 
 
-def new_figure(height: float, magnification: float = 1.0) -> "Figure":
-    """A figure of 600 pixels by 100 `height` pixels, with letters and lines of `magnification` times the usual size.
+def new_figure(height: float, magnification: float = 1.0, width: float = INCHES) -> "Figure":
+    """A figure of 600 (100 `width`) by 100 `height` pixels, with letters and lines of `magnification` times the usual
+    size.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -26,7 +27,7 @@ def new_figure(height: float, magnification: float = 1.0) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: `pip install matplotlib`.") from error
-    size = (INCHES / magnification, height / magnification)
+    size = (width / magnification, height / magnification)
     return Figure(figsize=size, dpi=DOTS_PER_INCH * magnification, layout="constrained")
 
 

@@ -45,6 +45,7 @@ def attention_drop_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    active: Active | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
     """Computes attention that is perturbed while `module.training` is true, and the base attention bit for bit
@@ -59,6 +60,8 @@ def attention_drop_forward(
         dropout: probability of dropout on the attention weights.
         scaling: factor of the scores, `D ** -0.5` by default.
         is_causal: whether a missing mask means causal; by default the module decides.
+        active: perturbations to apply, in any mode and without counting the call; by default those of the module, in
+            training.
         kwargs: `position_bias`, `softcap`, `s_aux` or `sinks`, and `output_attentions` are supported.
 
     Returns:
@@ -71,7 +74,7 @@ def attention_drop_forward(
     """
     _check_arguments(module, query, attention_mask, kwargs)
     call = _call(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
-    return _attend(call, _active(module))
+    return _attend(call, _active(call) if active is None else active)
 
 
 def reweighted_attention_forward(
@@ -85,6 +88,7 @@ def reweighted_attention_forward(
     is_causal: bool | None = None,
     reweighting_states: Tensor | None = None,
     reweighting_memory: dict[str, Any] | None = None,
+    active: Active | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
     """Computes attention with the learned weights of the module's `reweighting`, in training and in evaluation.
@@ -111,7 +115,7 @@ def reweighted_attention_forward(
             "would compute plain attention. Build the whole model with this implementation, or call "
             "model.set_attn_implementation instead of changing the config."
         )
-    active = _active(module)
+    active = _active(call) if active is None else active
     if module.reweighting is None:
         return _attend(call, active)
     states = _checked_states(call, reweighting_states)
@@ -171,11 +175,6 @@ def _attend(
     if learned is not None and learned.acts_on_scores:
         attend = _around(learned, states, attend)
     if active:
-        if not is_recomputing():
-            state = call.module.attention_drop_state
-            state.calls.add_(1)
-            if state.meter is not None:
-                state.meter.measure(call)
         attend = attend_if_any_key if attend is base_attention else _for_queries_with_keys(attend)
         attend = _perturbed(attend, active, scales_output=False)
     if learned is not None and not learned.acts_on_scores:
@@ -208,8 +207,9 @@ def _for_queries_with_keys(attend: Attend) -> Attend:
     return lambda call: attend_if_any_key(call, attend)
 
 
-def _active(module: nn.Module) -> Active:
-    """Returns the perturbations that act in this call."""
+def _active(call: AttentionCall) -> Active:
+    """Returns the perturbations that act in this call, and counts the call if there are any."""
+    module = call.module
     if not module.training:
         return ()
     if not hasattr(module, "attention_drop_state"):
@@ -219,7 +219,13 @@ def _active(module: nn.Module) -> Active:
             "it, so its layer and kind are unknown. Build the whole model with "
             f'attn_implementation="{name}", or call model.set_attn_implementation("{name}") after adding modules.'
         )
-    return perturbations_of_module(module)
+    active = perturbations_of_module(module)
+    if active and not is_recomputing():
+        state = module.attention_drop_state
+        state.calls.add_(1)
+        if state.meter is not None:
+            state.meter.measure(call)
+    return active
 
 
 def _check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> None:

@@ -18,10 +18,12 @@ import hf_attentiondrop
 from hf_attentiondrop.attention.dropout import dropout_of
 from hf_attentiondrop.evaluation.classifier import ClassifierEvaluation, save_plots
 from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics
+from hf_attentiondrop.evaluation.sample_maps import map_first_sample
 from hf_attentiondrop.hub import CARD_FILE, METRICS_FILE
 from hf_attentiondrop.hub.tables import HUB_METRICS, evaluation_metrics
 
 from .checkpoints import find_checkpoint
+from .evaluation import held_out_batches
 from .parser import RecipeParser
 
 
@@ -118,8 +120,12 @@ def finish(
     if (p := hf_attentiondrop.dropconnect_of(trainer.model)) is not None:
         metrics["dropconnect"] = p
     card = describe_data(parser.values, data)
+    sample = None
+    if evaluation is not None or attention:
+        # Every process, because a sharded model runs only if all processes run it.
+        sample = map_first_sample(trainer.model, held_out_batches(trainer), trainer.processing_class)
     if trainer.is_world_process_zero():
-        plots = save_plots(folder, evaluation, attention, trainer.state.log_history)
+        plots = save_plots(folder, evaluation, attention, trainer.state.log_history, sample)
         card |= {"metrics": metrics, "plots": plots}
         write_record(parser, folder, metrics)
         trainer.create_model_card(**card)

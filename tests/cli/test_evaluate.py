@@ -81,7 +81,7 @@ def test_evaluate_writes_a_report(
     assert (metrics["eval_accuracy"], metrics["eval_samples"]) == (right / 24, 24)
     assert metrics["robustness"]["samples"] == 5
 
-    for picture in ("reliability", "robustness", "attention_entropy"):
+    for picture in ("reliability", "robustness", "attention_entropy", "attention_maps"):
         assert f"(plots/{picture}.png)" in card and (tmp_path / "report" / "plots" / f"{picture}.png").exists()
     assert "| `p` | 0.2 |" in card
     assert str(tmp_path) not in card and f'"path/to/{classifier.name}"' in card
