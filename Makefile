@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_OPTIONS = -n 2 --dist loadgroup
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: compare demo dist test test-all test-versions install style model_cards
+.PHONY: compare demo dist docs docs-serve test test-all test-versions install style model_cards
 
 demo: $(VENV)/recipes.installed
 	$(VENV)/bin/accelerate launch recipes/image_classification.py --output_dir runs/demo --overwrite_output_dir \
@@ -49,6 +49,13 @@ dist: $(VENV)/dev.installed
 	rm -rf build dist
 	$(VENV)/bin/python -m build
 	$(VENV)/bin/twine check --strict dist/*
+
+# The documentation, from the Markdown in docs/ and the docstrings, in site/. Broken links are errors.
+docs: $(VENV)/docs.installed
+	$(VENV)/bin/mkdocs build
+
+docs-serve: $(VENV)/docs.installed
+	$(VENV)/bin/mkdocs serve
 
 $(VENV)/%.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -74,7 +74,7 @@ def test_the_citations_and_the_changelog_name_the_version() -> None:
 
 def test_every_paper_that_the_code_names_can_be_cited() -> None:
     page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
-    sources = [*(ROOT / "hf_attentiondrop").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+    sources = [*(ROOT / "hf_attentiondrop").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
     named = {number for path in sources for number in re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text("utf-8"))}
     assert len(named) > 8 and named <= set(re.findall(r"https://arxiv\.org/abs/([\d.]+)\)", page))
     entries = re.findall(r"^@\w+\{(\w+),$", REFERENCES, re.MULTILINE)

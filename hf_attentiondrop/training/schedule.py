@@ -214,6 +214,7 @@ class ScheduleArguments:
             check_other_fields()
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the training arguments as they are logged and saved: a schedule that is a function by its name."""
         values = super().to_dict()  # type: ignore[misc]  # Of the training arguments.
         return values | {SCHEDULE_KEY: schedule_of(self).name}
 

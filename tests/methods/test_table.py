@@ -36,8 +36,10 @@ def check_row(method: type[Method]) -> None:
     table = LEARNED_METHODS if is_learned else PERTURBATIONS
     assert table.get(name) is method, f"{method.__name__} has no row in methods/__init__.py."
     assert method.__name__ in hf_attentiondrop.__all__, f"{method.__name__} is not exported by the package."
-    page = DOCS / ("reweighting.md" if is_learned else "methods.md")
-    assert f'`"{name}"`' in page.read_text(), f"{page.name} has no section on {name!r}."
+    overview = DOCS / ("reweighting.md" if is_learned else "methods.md")
+    assert f'`"{name}"`' in overview.read_text(), f"{overview.name} has no section on {name!r}."
+    page = DOCS / "methods" / f"{name}.md"
+    assert page.is_file() and f"(methods/{name}.md)" in overview.read_text(), f"docs/methods/{name}.md is missing."
     for example in module_of(method).EXAMPLES.values():
         for card in example.cards():
             missing = [field for field in ("name", "text", "formula", "citation") if not getattr(card, field)]

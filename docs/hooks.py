@@ -1,0 +1,56 @@
+"""Hook of mkdocs: adds documents from outside of docs/ to the site, and makes links between all of them work.
+
+Links are written for the repository, so that they work on GitHub. The site has docs/ as its root and the other
+documents in folders named as in the repository, so links that leave docs/ or lead into it change.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "benchmarks/results/*.md",
+    "model_cards/*/README.md",
+    "model_cards/*/plots/*.png",
+    "studies/README.md",
+)
+# Inline links, except to other hosts and within the page.
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+# What would request something from another host when a page is opened.
+REQUEST = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    folder = posixpath.dirname(page.file.src_uri)
+    is_outside = Path(page.file.abs_src_path).is_relative_to(ROOT / "docs") is False
+
+    def to_site(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join("" if is_outside else "docs", folder, match[1]))
+        name = target.removeprefix("docs/")
+        return posixpath.relpath(name, folder or ".") if files.get_file_from_path(name) else match[1]
+
+    return LINK.sub(to_site, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    if request := REQUEST.search(output):
+        raise PluginError(f"{page.file.src_uri}: the page would request {request[1]}. It must work offline.")
+    return output
