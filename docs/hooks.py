@@ -22,7 +22,8 @@ OUTSIDE = (
     "benchmarks/results/*.md",
     "model_cards/*/README.md",
     "model_cards/*/plots/*.png",
-    "studies/README.md",
+    "studies/*.md",
+    "studies/*.yaml",
 )
 # Inline links, except to other hosts and within the page.
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
