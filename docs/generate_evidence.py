@@ -1,4 +1,4 @@
-"""Writes the measured numbers into docs/evidence.md and README.md, from the committed results of the studies.
+"""Writes the measured numbers into README.md and the pages of docs/, from the committed results of the studies.
 
 Run it in the root of the repository:
 
@@ -7,9 +7,12 @@ Run it in the root of the repository:
 A document names each number in a comment, and the number follows. The second comment ends it:
 
     <!-- =sst2_200_noise hard test_accuracy -->-0.004 ± 0.012<!-- / -->       difference of `hard` from the reference
+    <!-- =sst2_200_noise hard test_accuracy vs r_drop -->+0.010 ± 0.015<!-- / -->   from another method
     <!-- =sst2_200_noise hard test_accuracy mean -->0.701 ± 0.020<!-- / -->   mean over the seeds
     <!-- =sst2_200_noise -->                                                  table of all methods
     <!-- / -->
+
+A difference is bold if the method is better or worse after Holm's correction over the methods of the study.
 """
 
 import re
@@ -24,7 +27,7 @@ from hf_attentiondrop.compare.study import read_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
-DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NUMBER = re.compile(r"<!-- =(?P<names>[^>]+?) -->(?P<text>.*?)<!-- / -->", re.DOTALL)
 HEADINGS = {
     "test_accuracy": "accuracy",
@@ -33,7 +36,12 @@ HEADINGS = {
     "test_expected_calibration_error": "ECE",
     "test_negative_log_likelihood": "NLL",
     "test_negative_log_likelihood_after_temperature": "NLL, scaled",
-    "robustness/robust_accuracy": "robust accuracy",
+    "eval_accuracy": "accuracy",
+    "eval_expected_calibration_error": "ECE",
+    "eval_loss": "loss",
+    "gradient_norms/variance": "variance of gradient norms",
+    "attention/attentions/first_token_mass": "first-token mass",
+    "attention/attentions/entropy": "entropy",
 }
 
 
@@ -52,21 +60,25 @@ def _measured(names: str) -> str:
         raise ValueError(f"<!-- ={names} -->: there is no study {study!r} in {RESULTS}.")
     if not rest:
         return f"\n{_table(study)}\n"
-    method, metric, *kind = rest
-    comparisons = compared(study, metric)
-    if method not in comparisons or kind not in ([], ["mean"]):
-        raise ValueError(f"<!-- ={names} -->: expected STUDY METHOD METRIC, and perhaps mean.")
-    return _text(comparisons[method], is_mean=kind == ["mean"])
+    try:
+        method, metric, *kind = rest
+        reference = kind[1] if kind[:1] == ["vs"] else None
+        comparison = compared(study, metric, reference)[method]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"<!-- ={names} -->: expected STUDY METHOD METRIC, and perhaps mean or vs METHOD.") from error
+    return _text(comparison, is_mean=kind == ["mean"])
 
 
 @cache
-def compared(study: str, metric: str) -> dict[str, Comparison]:
-    """The methods of a study compared on one metric, which need not be one of those that the study names."""
+def compared(study: str, metric: str, reference: str | None = None) -> dict[str, Comparison]:
+    """The methods of a study compared on one metric, which need not be one of those that the study names, with the
+    reference of the study or another method."""
     planned = read_study(RESULTS / study / "study.yaml")
     direction = planned.metrics.get(metric, "higher")
-    question = Question(planned.title, {metric: direction}, planned.reference, list(planned.methods), command="")
+    reference = reference or planned.reference
+    question = Question(planned.title, {metric: direction}, reference, list(planned.methods), command="")
     values = metric_values(read_runs(RESULTS / study / RESULTS_FILE), question, metric)
-    return compare_methods(values, planned.reference, direction)
+    return compare_methods(values, reference, direction)
 
 
 def _table(study: str) -> str:

@@ -22,8 +22,10 @@ OUTSIDE = (
     "benchmarks/results/*.md",
     "model_cards/*/README.md",
     "model_cards/*/plots/*.png",
-    "studies/*.md",
+    "studies/README.md",
     "studies/*.yaml",
+    "studies/results/*/report.md",
+    "studies/results/*/plots/*.png",
 )
 # Inline links, except to other hosts and within the page.
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")

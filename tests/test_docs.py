@@ -24,7 +24,7 @@ from .recipe_runs import ROOT, load
 
 
 DOCS = ROOT / "docs"
-PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+PAGES = ["../README.md", *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))]
 # Blocks of these need a GPU with FlashAttention, or the Hub.
 NEED_MORE = ("flash_attention_2", "push_to_hub")
 

@@ -1,0 +1,69 @@
+"""The studies, their committed results, and the documents that quote them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.generate_evidence import DOCUMENTS, NUMBER, RESULTS, ROOT, updated
+from hf_attentiondrop.compare.results import RESULTS_FILE, read_runs
+from hf_attentiondrop.compare.study import name_of, read_study
+from studies import prepare
+
+
+STUDIES = sorted(Path("studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_has_all_its_results(path: Path) -> None:
+    study, folder = read_study(path), RESULTS / path.stem
+    assert study.differences(read_study(folder / "study.yaml").to_dict()) == ""
+    runs = read_runs(folder / RESULTS_FILE)
+    names = [name_of(run) for run in runs]
+    assert len(set(names)) == len(names) == study.size
+    assert {run.state for run in runs} == {"complete"}
+    assert (folder / "report.md").exists()
+
+
+def test_there_are_studies() -> None:
+    assert {path.stem for path in STUDIES} == {path.name for path in RESULTS.iterdir()}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_documents_quote_the_results(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert updated(text) == text, "run `python -m docs.generate_evidence`"
+    # Code and the definition of an interval aside.
+    if path.name != "compare.md":
+        assert "±" not in NUMBER.sub("", text), "a measured number without its source"
+
+
+def test_a_number_without_a_source_is_refused() -> None:
+    for names in ("nothing hard test_accuracy", f"{STUDIES[0].stem} nothing test_accuracy"):
+        with pytest.raises(ValueError, match="nothing"):
+            updated(f"<!-- ={names} -->0<!-- / -->")
+
+
+def test_cifar10_is_prepared(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "source" / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(3):
+                (folder / f"{number}.jpg").write_bytes(b"image")
+    prepare.main(["--cifar10", str(tmp_path / "source"), "--output", str(tmp_path / "data")])
+    assert len(list((tmp_path / "data" / "cifar10").rglob("*.jpg"))) == 60
+
+
+@pytest.mark.parametrize("arguments", [["--sst2"], ["--shakespeare"], ["--cifar10"], []], ids=lambda a: "".join(a))
+def test_other_data_are_refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "source", tmp_path / "data"
+    for name in ("train.tsv", "input.txt", "train/only one class/0.jpg", "test/0.jpg"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("other\t1\n")
+    path = [str(source / "input.txt" if "--shakespeare" in arguments else source)] if arguments else []
+    with pytest.raises(SystemExit) as exit:
+        prepare.main([*arguments, *path, "--output", str(output)])
+    assert exit.value.code == 2
+    assert re.search(r"commit|classes|one for each class|nothing to prepare", capsys.readouterr().err)
+    assert not output.exists()
