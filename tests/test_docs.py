@@ -92,6 +92,8 @@ def test_the_python_of_a_page_runs(
             # TRL trains in bf16 by default, which takes a GPU.
             exec(compile(block.replace('SFTConfig("out")', 'SFTConfig("out", bf16=False)'), page, "exec"), names)
     printed = capsys.readouterr().out
+    if page == "../README.md":
+        assert blocks(page, "text")[0] in printed
     if page == "getting_started.md":
         assert float(re.search(r"accuracy (\S+)", printed)[1]) > 0.9
         assert blocks(page, "text")[0].splitlines()[0] in printed
