@@ -31,8 +31,6 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NUMBER = re.compile(r"<!-- =(?P<names>[^>]+?) -->(?P<text>.*?)<!-- / -->", re.DOTALL)
 HEADINGS = {
     "test_accuracy": "accuracy",
-    "test_bleu": "BLEU",
-    "test_perplexity": "perplexity",
     "test_expected_calibration_error": "ECE",
     "test_negative_log_likelihood": "NLL",
     "test_negative_log_likelihood_after_temperature": "NLL, scaled",
@@ -60,13 +58,16 @@ def _measured(names: str) -> str:
         raise ValueError(f"<!-- ={names} -->: there is no study {study!r} in {RESULTS}.")
     if not rest:
         return f"\n{_table(study)}\n"
-    try:
-        method, metric, *kind = rest
-        reference = kind[1] if kind[:1] == ["vs"] else None
-        comparison = compared(study, metric, reference)[method]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"<!-- ={names} -->: expected STUDY METHOD METRIC, and perhaps mean or vs METHOD.") from error
-    return _text(comparison, is_mean=kind == ["mean"])
+    method, metric, kind, reference = [*rest, None, None, None][:4]
+    methods = read_study(RESULTS / study / "study.yaml").methods
+    is_known = method in methods and (kind in (None, "mean") or (kind == "vs" and reference in methods))
+    comparison = compared(study, metric, reference)[method] if is_known and metric else None
+    if comparison is None or comparison.estimate is None:
+        raise ValueError(
+            f"<!-- ={names} -->: expected STUDY METHOD METRIC of the results, and perhaps mean or vs METHOD, got "
+            "another name: the number would have no source. Correct the comment."
+        )
+    return _text(comparison, is_mean=kind == "mean")
 
 
 @cache

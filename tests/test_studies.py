@@ -39,7 +39,10 @@ def test_documents_quote_the_results(path: Path) -> None:
 
 
 def test_a_number_without_a_source_is_refused() -> None:
-    for names in ("nothing hard test_accuracy", f"{STUDIES[0].stem} nothing test_accuracy"):
+    study = "consistency_weights"
+    wrong = ["nothing weight_1 eval_loss", f"{study} nothing eval_loss", f"{study} weight_1 nothing"]
+    wrong += [f"{study} weight_1 eval_loss nothing", f"{study} weight_1 eval_loss vs nothing"]
+    for names in wrong:
         with pytest.raises(ValueError, match="nothing"):
             updated(f"<!-- ={names} -->0<!-- / -->")
 
