@@ -286,6 +286,12 @@ def test_unusable_test_data_and_draws_are_errors(
             "--train_samples: expected a number from 2, one sample per class, to",
         ),
         ("text_classification", [*data, "--train_samples", 0], "--train_samples: expected at least 1, got 0."),
+        ("text_classification", [*data, "--robustness_epsilon", 1], "nothing is attacked without --evaluate_rob"),
+        (
+            "image_classification",
+            ["--evaluate_robustness", "--robustness_epsilon", -1],
+            "--robustness_epsilon: expected a number above 0, got -1.0.",
+        ),
         (
             "text_classification",
             [*data, "--label_noise", 1],

@@ -1,6 +1,7 @@
 """`evaluate`: measures a saved classifier on labelled data and writes a report."""
 
 import argparse
+import math
 from importlib.util import find_spec
 
 from .flags import CommandError, positive
@@ -45,6 +46,12 @@ def declare_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument(
         "--robustness_samples", type=positive, help=f"number of samples to attack (default: {ATTACKED_SAMPLES})"
     )
+    parser.add_argument(
+        "--robustness_epsilon",
+        type=_epsilon,
+        help="bound of the strongest attack: for images a share of the pixel range (default: 8/255); for texts in "
+        "standard deviations of the embeddings (default: 0.1)",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="for the order of samples and the attacks (default: 0)")
     parser.add_argument("--device", help="such as cuda:0; defaults to the accelerator, or the CPU if there is none")
     parser.add_argument(
@@ -71,20 +78,37 @@ def evaluate(arguments: argparse.Namespace) -> str:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # It raises every error that it logs.
-    if arguments.robustness_samples is not None and not arguments.evaluate_robustness:
-        raise CommandError(
-            f"--robustness_samples: nothing is attacked without --evaluate_robustness, so "
-            f"{arguments.robustness_samples} would be ignored. Add that flag, or leave this one out."
-        )
+    for flag in ("robustness_samples", "robustness_epsilon"):
+        value = getattr(arguments, flag)
+        if value is not None and not arguments.evaluate_robustness:
+            raise CommandError(
+                f"--{flag}: nothing is attacked without --evaluate_robustness, so {value} would be ignored. Add that "
+                "flag, or leave this one out."
+            )
     attacked = (arguments.robustness_samples or ATTACKED_SAMPLES) if arguments.evaluate_robustness else 0
     options = {name: getattr(arguments, name) for name in OPTIONS}
     try:
         evaluation = evaluate_checkpoint(
-            arguments.model, arguments.data, arguments.output_dir, attacked_samples=attacked, **options
+            arguments.model,
+            arguments.data,
+            arguments.output_dir,
+            attacked_samples=attacked,
+            epsilon=arguments.robustness_epsilon,
+            **options,
         )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     return summarize(evaluation, arguments.output_dir)
+
+
+def _epsilon(text: str) -> float:
+    try:
+        epsilon = float(text)
+    except ValueError:
+        epsilon = math.nan
+    if not 0 < epsilon < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}.")
+    return epsilon
 
 
 def _seed(text: str) -> int:

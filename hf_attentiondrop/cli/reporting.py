@@ -34,6 +34,7 @@ def evaluate_checkpoint(
     max_samples: int | None = None,
     batch_size: int = 32,
     attacked_samples: int = 0,
+    epsilon: float | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> ClassifierEvaluation:
@@ -47,7 +48,8 @@ def evaluate_checkpoint(
             columns of the data; by default images in `"image"`, texts in `"text"`, and no second texts.
         max_samples (`int`, *optional*): size of a random subset to evaluate on.
         batch_size (`int`, defaults to 32): samples per batch.
-        attacked_samples (`int`, defaults to 0): see [`~evaluation.classifier.evaluate_classifier`].
+        attacked_samples (`int`, defaults to 0), epsilon (`float`, *optional*):
+            see [`~evaluation.classifier.evaluate_classifier`].
         seed (`int`, defaults to 0): for the order of samples and the attacks.
         device (`str`, *optional*): such as `"cuda:0"`; defaults to the accelerator, or the CPU if there is none.
 
@@ -81,7 +83,12 @@ def evaluate_checkpoint(
     model.to(device)
     normalization = None if is_text or not attacked_samples else Normalization.from_processor(processor)
     evaluation = evaluate_classifier(
-        model, batches, attacked_samples=attacked_samples, normalization=normalization, seed=seed
+        model,
+        batches,
+        attacked_samples=attacked_samples,
+        epsilon=epsilon,
+        normalization=normalization,
+        seed=seed,
     )
     plots = save_plots(folder, evaluation, sample=map_first_sample(model, batches, processor))
     # Metrics that a Trainer reports too have the same names, here and in the metrics.json of a recipe.

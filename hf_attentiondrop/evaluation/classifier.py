@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.parts import transformers_model
+from ..validation import is_number
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import (
@@ -35,6 +37,7 @@ PLOTS_FOLDER = "plots"
 # Attention weights are large, and their means converge quickly.
 ATTENTION_SAMPLES = 128
 PIXEL_EPSILON = 8 / 255
+EMBEDDING_EPSILON = 0.1  # Standard deviations of the embeddings.
 # Fractions of the largest epsilon.
 EPSILON_FRACTIONS = (0.0, 0.25, 0.5, 1.0)
 
@@ -62,6 +65,7 @@ def evaluate_classifier(
     batches: Iterable[Mapping[str, Any]],
     *,
     attacked_samples: int = 0,
+    epsilon: float | None = None,
     normalization: Normalization | None = None,
     seed: int = 0,
 ) -> ClassifierEvaluation:
@@ -73,8 +77,8 @@ def evaluate_classifier(
 
     Attention is measured on the first 128 samples, regardless of the batch size.
 
-    Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm: up to 8/255 of the pixel
-    range for images, up to a tenth of the standard deviation of the embeddings for texts.
+    Robustness is measured under FGSM and under PGD with 10 and 20 steps, in the L∞ norm, at a quarter, half and all of
+    `epsilon`.
 
     Args:
         model (`torch.nn.Module`): a Transformers model with one label per sample, or a wrapper around one.
@@ -82,14 +86,23 @@ def evaluate_classifier(
         attacked_samples (`int`, defaults to 0):
             Number of samples to attack, the first ones. Each takes about 35 forward and backward passes for each of
             three epsilons.
+        epsilon (`float`, *optional*):
+            Bound of the strongest attack: for images a share of the pixel range, by default 8/255; for texts in
+            standard deviations of the embeddings, by default 0.1.
         normalization (`Normalization`, *optional*): of the images; required to attack images.
         seed (`int`, defaults to 0): of the random starts; torch's random state does not change.
 
     Raises:
-        ValueError: for no data, unsuitable labels or logits, and see [`~evaluation.adversarial.attack_batch`].
+        ValueError: for no data, an invalid `epsilon`, unsuitable labels or logits, and see
+            [`~evaluation.adversarial.attack_batch`].
         TypeError: for a single batch, or an iterator.
     """
     check_batches(batches, many_times=True)
+    if epsilon is not None and not (attacked_samples > 0 and is_number(epsilon) and 0 < epsilon < math.inf):
+        raise ValueError(
+            "`epsilon` bounds the strongest attack, so it needs `attacked_samples` and must be a finite number above "
+            f"0, got {epsilon!r} and {attacked_samples} samples."
+        )
     logits, labels = predict(model, batches)
     is_labelled = labels != IGNORE_INDEX
     logits, labels = logits[is_labelled], labels[is_labelled]
@@ -106,7 +119,7 @@ def evaluate_classifier(
     curves: dict[str, tuple[RobustAccuracy, ...]] = {}
     attention: dict[str, AttentionStatistics] = {}
     if attacked_samples > 0:
-        curves, metrics["robustness"] = _attacked(model, batches, attacked_samples, normalization, seed)
+        curves, metrics["robustness"] = _attacked(model, batches, attacked_samples, epsilon, normalization, seed)
     try:
         attention = attention_statistics(model, first_samples(batches, ATTENTION_SAMPLES))
         metrics["attention"] = {stack: measured.metrics() for stack, measured in attention.items()}
@@ -211,23 +224,25 @@ def _attacked(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     samples: int,
+    epsilon: float | None,
     normalization: Normalization | None,
     seed: int,
 ) -> tuple[dict[str, tuple[RobustAccuracy, ...]], dict[str, Any]]:
-    epsilon, space = PIXEL_EPSILON, {"space": "pixels"}
+    bound, space = epsilon or PIXEL_EPSILON, {"space": "pixels"}
     if "pixel_values" not in next(iter(batches)):
         deviation = transformers_model(model).get_input_embeddings().weight.detach().float().std().item()
-        epsilon, space = 0.1 * deviation, {"space": "embeddings", "embedding_deviation": deviation}
+        bound = (epsilon or EMBEDDING_EPSILON) * deviation
+        space = {"space": "embeddings", "embedding_deviation": deviation}
     attacks = {
-        "FGSM": Attack.fgsm(epsilon),
-        "PGD-10": Attack.pgd(epsilon, steps=10),
-        "PGD-20": Attack.pgd(epsilon, steps=20),
+        "FGSM": Attack.fgsm(bound),
+        "PGD-10": Attack.pgd(bound, steps=10),
+        "PGD-20": Attack.pgd(bound, steps=20),
     }
     curves = {}
     for name, attack in attacks.items():
         with random_state_kept(model):
             torch.manual_seed(seed)
-            epsilons = [fraction * epsilon for fraction in EPSILON_FRACTIONS]
+            epsilons = [fraction * bound for fraction in EPSILON_FRACTIONS]
             attacked = _attackable(model, first_samples(batches, samples))
             curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]

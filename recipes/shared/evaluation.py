@@ -1,5 +1,6 @@
 """Measurements of the trained model in addition to the Trainer's evaluation."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,26 @@ class EvaluationArguments:
     robustness_samples: int = field(
         default=200, metadata={"help": "Number of held-out samples to attack; each takes about 100 passes."}
     )
+    robustness_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound of the strongest attack: for images a share of the pixel range, by default 8/255; for "
+            "texts in standard deviations of the embeddings, by default 0.1. Half and a quarter of it are tried too."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "robustness_samples")
+        epsilon = self.robustness_epsilon
+        if epsilon is None:
+            return
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"--robustness_epsilon: expected a number above 0, got {epsilon}.")
+        if not self.evaluate_robustness:
+            raise ValueError(
+                f"--robustness_epsilon: nothing is attacked without --evaluate_robustness, so {epsilon} would be "
+                "ignored. Add that flag, or leave this one out."
+            )
 
 
 class LastEvaluation(TrainerCallback):
@@ -72,6 +90,7 @@ def measure_classifier(
         trainer.model,
         held_out_batches(trainer),
         attacked_samples=arguments.robustness_samples if arguments.evaluate_robustness else 0,
+        epsilon=arguments.robustness_epsilon,
         normalization=normalization,
         seed=trainer.args.seed,
     )

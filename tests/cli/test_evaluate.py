@@ -65,12 +65,13 @@ def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_evaluate_writes_a_report(
     classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--evaluate_robustness", "--robustness_samples", 5, "--batch_size", 7]
+    flags = ["--evaluate_robustness", "--robustness_samples", 5, "--robustness_epsilon", 4 / 255, "--batch_size", 7]
     output = printed(capsys, "evaluate", classifier, "--data", digits, "--output_dir", tmp_path / "report", *flags)
     card = (tmp_path / "report" / "README.md").read_text()
     assert f"\n{digits.name}\n" in card
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
+    assert metrics["robustness"]["attacks"][-1]["epsilon"] == pytest.approx(4 / 255)
 
     model = ViTForImageClassification.from_pretrained(classifier).eval()
     processor = ViTImageProcessorPil.from_pretrained(classifier)
@@ -196,6 +197,7 @@ def test_evaluate_refuses_bad_input(
         ([classifier, *good, *report, "--text_column", "text"], "--text_column: the model classifies images, and wou"),
         ([classifier, *good, *report, "--text_pair_column", "b"], "--text_pair_column: the model classifies images"),
         ([classifier, *good, *report, "--robustness_samples", 9], "nothing is attacked without --evaluate_robustness"),
+        ([classifier, *good, *report, "--robustness_epsilon", 1], "nothing is attacked without --evaluate_robustness"),
         ([classifier, *good, "--output_dir", ""], "--output_dir: expected a folder for the report, got nothing"),
         (
             [classifier, *good, "--output_dir", tmp_path / ("a" * 300)],

@@ -98,12 +98,23 @@ def test_images(implementation: str) -> None:
     assert model.training
 
 
-def test_texts() -> None:
+@pytest.mark.parametrize("epsilon", [None, 0.5])
+def test_texts(epsilon: float | None) -> None:
     model, batches = bert(), texts()
-    metrics = evaluate_classifier(model, batches, attacked_samples=12).metrics
+    metrics = evaluate_classifier(model, batches, attacked_samples=12, epsilon=epsilon).metrics
     assert metrics["robustness"]["space"] == "embeddings"
     largest = max(row["epsilon"] for row in metrics["robustness"]["attacks"])
-    assert largest == pytest.approx(0.1 * model.get_input_embeddings().weight.std().item())
+    assert largest == pytest.approx((epsilon or 0.1) * model.get_input_embeddings().weight.std().item())
+
+
+def test_another_bound_for_images() -> None:
+    model, batches = vit(), images()
+    attacked = {"attacked_samples": 5, "normalization": NORMALIZATION}
+    robustness = evaluate_classifier(model, batches, epsilon=4 / 255, **attacked).metrics["robustness"]
+    usual = evaluate_classifier(model, batches, **attacked).metrics["robustness"]
+    assert robustness["attacks"][-1]["epsilon"] == pytest.approx(4 / 255)
+    # FGSM takes one step of this length, whatever the bound of the strongest attack is.
+    assert robustness["accuracies"]["FGSM"]["1"] == usual["accuracies"]["FGSM"]["0.5"]
 
 
 def llama() -> LlamaForSequenceClassification:
@@ -269,6 +280,8 @@ def test_bad_input() -> None:
         (lambda: evaluate_classifier(model, without_labels()), "must contain `labels`"),
         (lambda: evaluate_classifier(broken, images()), "NaN"),
         (lambda: evaluate_classifier(model, images(), attacked_samples=3), "normalization"),
+        (lambda: evaluate_classifier(model, images(), attacked_samples=3, epsilon=0), "above 0, got 0"),
+        (lambda: evaluate_classifier(model, images(), epsilon=0.1), "needs `attacked_samples`"),
         (lambda: evaluate_classifier(model, [images()[0] | {"labels": torch.full((5,), 9)}]), r"\[0, 3\)"),
     ]
     for call, message in cases:
