@@ -1,12 +1,15 @@
-"""Hook of mkdocs: adds documents from outside of docs/ to the site, and makes links between all of them work.
+"""Hook of mkdocs: adds notebooks and documents from outside of docs/, and makes links between all of them work.
 
 Links are written for the repository, so that they work on GitHub. The site has docs/ as its root and the other
-documents in folders named as in the repository, so links that leave docs/ or lead into it change.
+documents in folders named as in the repository, so links that leave docs/ or lead into it change. Notebooks become
+Markdown, with the outputs that are stored in them.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -38,16 +41,36 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        content = notebook_as_markdown(json.loads(path.read_text(encoding="utf-8")))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
     return files
+
+
+def notebook_as_markdown(notebook: dict[str, Any]) -> str:
+    """Returns the text, code and outputs of a notebook, with its images inline."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                image = "".join(data["image/png"]).strip()
+                parts.append(f"![Output of the code above](data:image/png;base64,{image})")
+            elif text := "".join(output.get("text") or data["text/plain"]).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     folder = posixpath.dirname(page.file.src_uri)
-    is_outside = Path(page.file.abs_src_path).is_relative_to(ROOT / "docs") is False
+    source = page.file.abs_src_path  # None for notebooks.
+    is_outside = source is not None and not Path(source).is_relative_to(ROOT / "docs")
 
     def to_site(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("" if is_outside else "docs", folder, match[1]))
-        name = target.removeprefix("docs/")
+        name = re.sub(r"\.ipynb$", ".md", target.removeprefix("docs/"))
         return posixpath.relpath(name, folder or ".") if files.get_file_from_path(name) else match[1]
 
     return LINK.sub(to_site, markdown)
