@@ -80,8 +80,8 @@ class Report:
         summary += f", {reweighted} reweighted" if reweighted else ""
         if dropped := sum(row.needs_score_matrix for row in self.rows):
             lines.append(
-                f"attention dropout forces a full score matrix on CUDA in {dropped} of them (FlexAttention has no "
-                "dropout)"
+                f"on CUDA, the model's attention dropout makes {dropped} of them hold the full score matrix; set it "
+                "to 0 to save memory"
             )
         return "\n".join([summary, *(line.rstrip() for line in lines)])
 
@@ -108,7 +108,7 @@ def report(model: Any) -> Report:
     module                          kind          layer  implementation  in training               calls
     ------------------------------  ------------  -----  --------------  ------------------------  -----
     encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
-    attention dropout forces a full score matrix on CUDA in 1 of them (FlexAttention has no dropout)
+    on CUDA, the model's attention dropout makes 1 of them hold the full score matrix; set it to 0 to save memory
     """
     bases = transformers_models(model)
     if len(bases) == 1:

@@ -90,9 +90,9 @@ def test_attention_dropout_is_seen_and_costs_a_score_matrix(
     assert seen and all(attention_dropout(module) == call.dropout == rate for module, call in seen.items())
     first = report(model)
     assert all(row.needs_score_matrix == bool(rate and row.applied) for row in first.rows)
-    assert ("FlexAttention" in str(first)) == bool(rate)
+    assert ("full score matrix" in str(first)) == bool(rate)
     configure(model, AttentionDropConfig(variant="blur", **EVERYWHERE))
-    assert "FlexAttention" not in str(report(model))
+    assert "full score matrix" not in str(report(model))
 
 
 def test_evaluation_is_not_counted() -> None:

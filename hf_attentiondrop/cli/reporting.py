@@ -1,6 +1,7 @@
 """The report on a saved classifier: metrics.json, plots and a model card in a new folder."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,6 +91,8 @@ def evaluate_checkpoint(
         normalization=normalization,
         seed=seed,
     )
+    ((_, most_frequent),) = Counter(labels[row] for row in order).most_common(1)
+    evaluation = replace(evaluation, metrics={"majority_accuracy": most_frequent / len(order), **evaluation.metrics})
     plots = save_plots(folder, evaluation, sample=map_first_sample(model, batches, processor))
     # Metrics that a Trainer reports too have the same names, here and in the metrics.json of a recipe.
     prefixed = ("accuracy", "samples")
@@ -109,7 +112,7 @@ def summarize(evaluation: ClassifierEvaluation, output_dir: str) -> str:
     metrics = evaluation.metrics
     rows: dict[str, Any] = {
         "samples": metrics["samples"],
-        "accuracy": f"{metrics['accuracy']:.4f}",
+        "accuracy": f"{metrics['accuracy']:.4f} (always the most frequent class: {metrics['majority_accuracy']:.4f})",
         "calibration error": f"{metrics['calibration']['expected_calibration_error']:.4f}",
     }
     for name, curve in evaluation.curves.items():
@@ -150,7 +153,10 @@ def _check_output_dir(folder: Path) -> None:
     """Checks that the report can be written, before minutes of work, and leaves nothing behind."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output_dir: expected an empty folder or none, there is something in {str(folder)!r}.")
+            raise ValueError(
+                f"--output_dir: expected an empty folder or none, there is something in {str(folder)!r}. Name another "
+                "one."
+            )
         parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         with TemporaryDirectory(dir=parent):
             pass

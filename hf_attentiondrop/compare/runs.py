@@ -25,6 +25,8 @@ METRICS_FILE = "metrics.json"
 # Of the log of a failed run.
 LOG_LINES = 20
 LOG_CHARACTERS = 500
+# How argparse, and so every recipe, ends when it does not accept its arguments.
+REFUSAL = re.compile(r"\S+: error: .*")
 TERMINAL_CODES = r"\x1b\[[\d;?]*[A-Za-z]"
 # One process, whatever `accelerate config` has set up, since several runs can share a machine. Without --quiet, the
 # traceback of the launcher would hide that of the script.
@@ -82,6 +84,7 @@ def execute(
     Raises:
         Interrupted: if `processes` were stopped.
         MissingMetric: if the first run lacks a metric: probably all will, because its name in the study is wrong.
+        ValueError: if the script does not accept the arguments of the first run: probably it will accept no others.
     """
     output = run_folder(planned, folder)
     log = output.with_name(f"{output.name}.log")
@@ -99,6 +102,14 @@ def execute(
             raise MissingMetric(
                 f"{planned.name}: {error} All other runs would probably fail, too. Correct `{key}` of the study, or "
                 "the script, and start it again: it repeats this run and keeps those that have ended."
+            ) from error
+        *_, last = ["", *last_lines(log).splitlines()]
+        is_begun = planned.phase == "test" and study.search is not None
+        if ended.code > 0 and REFUSAL.fullmatch(last) and not is_begun and is_first():
+            raise ValueError(
+                f"{planned.name}: the script does not accept its arguments: {last} All other runs would probably "
+                f"fail, too. Nothing was measured: correct the arguments, delete {folder} or name another folder, and "
+                "start again."
             ) from error
         metrics, versions, failure = {}, {}, f"{error}\n{last_lines(log)}"
     if planned.phase == "tune":

@@ -227,11 +227,12 @@ def _describe_dropout(config: PreTrainedConfig) -> str:
 
 def _describe_training(trainer: Trainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
+    epochs = state.epoch or 0
     each, times, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
     several = f"{processes} process{'es' if processes > 1 else ''}"
     warmup = f", {args.warmup_steps:g} warm-up" if args.warmup_steps else ""
     return {
-        "Optimizer steps": f"{state.global_step} ({state.epoch or 0:.4g} epochs)",
+        "Optimizer steps": f"{state.global_step} ({epochs:.4g} epoch{'s' * (epochs != 1)})",
         "Samples per step": f"{each * times * processes} ({each} at once, {times} accumulated, {several})",
         "Learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{warmup}",
         "Optimizer": str(getattr(args.optim, "value", args.optim)),

@@ -57,7 +57,7 @@ def warn_without_method(model: nn.Module, trainer: str) -> None:
         logger.warning(
             f"{trainer} trains like the plain Trainer: no attention module of {type(model).__name__} is perturbed, "
             "and `consistency_weight` is 0. Load the model with "
-            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), call '
+            'attn_implementation="attentiondrop" and attention_drop=HardMasking(...), call '
             'model.set_attn_implementation("attentiondrop"), or set `consistency_weight` > 0, which turns the dropout '
             "of the model into R-Drop."
         )
@@ -77,7 +77,7 @@ def warn_without_randomness(model: nn.Module) -> None:
         logger.warning(
             f"The consistency term has no effect: {type(model).__name__} has no dropout above 0 and no active "
             "AttentionDrop, so both passes over a batch are equal. Load the model with "
-            'attn_implementation="attentiondrop" and attention_drop=AttentionDropConfig(...), raise a dropout '
+            'attn_implementation="attentiondrop" and attention_drop=HardMasking(...), raise a dropout '
             "probability in its config (attention_dropout, hidden_dropout_prob, ...), or set `consistency_weight=0` "
             "to save the second pass."
         )

@@ -21,7 +21,7 @@ module                               kind          layer  implementation  in tra
 -----------------------------------  ------------  -----  --------------  ------------------------  -----
 bert.encoder.layer.0.attention.self  encoder_self  0      attentiondrop   hard p=0.1 k=5 fill=mask  0
 bert.encoder.layer.1.attention.self  encoder_self  1      attentiondrop   hard p=0.1 k=5 fill=mask  0
-attention dropout forces a full score matrix on CUDA in 2 of them (FlexAttention has no dropout)
+on CUDA, the model's attention dropout makes 2 of them hold the full score matrix; set it to 0 to save memory
 """
 
 

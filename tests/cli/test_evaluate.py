@@ -70,7 +70,9 @@ def test_evaluate_writes_a_report(
     card = (tmp_path / "report" / "README.md").read_text()
     assert f"\n{digits.name}\n" in card
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert f"accuracy           {metrics['eval_accuracy']:.4f}\n" in output and "under PGD-20" in output
+    baseline = max(len(list(folder.iterdir())) for folder in digits.iterdir()) / 24
+    assert f" {metrics['eval_accuracy']:.4f} (always the most frequent class: {baseline:.4f})\n" in output
+    assert "under PGD-20" in output and "Most frequent class" in card
     assert metrics["robustness"]["attacks"][-1]["epsilon"] == pytest.approx(4 / 255)
 
     model = ViTForImageClassification.from_pretrained(classifier).eval()

@@ -1,4 +1,7 @@
-"""A misspelled metric costs one run: the study stops, and continues when the name is corrected."""
+"""A misspelled metric, or arguments that the script does not accept, cost one run: the study stops.
+
+When the name of the metric is corrected, it continues.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,21 @@ def test_the_metric_of_the_search_stays_after_the_first_tuning_run(
     command(2, search=search("eval_score"), metrics={**MISSPELLED, "eval_score": "higher"})
     command(2, search=search("eval_score"), metrics={"test_score": "higher", "eval_score": "lower"})
     assert "search/metric/eval_score was 'higher' and is 'lower'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", ["python", "accelerate"])
+def test_arguments_that_the_script_does_not_accept_stop_the_study(
+    command: Any, tmp_path: Path, starts: Path, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    command(2, methods={"none": {"mode": "refuse"}, "low": {}}, launcher=launcher)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "test/none-0: the script does not accept its arguments: tiny.py: error: --mode: refused. All oth" in error
+    assert lines(starts) == ["test/none-0"] and outcomes(tmp_path / "out") == []
+
+
+def test_arguments_that_the_script_accepts_of_other_runs_fail_one_run(command: Any, tmp_path: Path) -> None:
+    command(0, methods={"none": {}, "low": {"mode": "refuse"}})
+    assert [run["state"] for run in outcomes(tmp_path / "out")] == ["failed", "failed", "complete", "complete"]
 
 
 def test_a_metric_that_another_run_wrote_fails_only_the_runs_without_it(command: Any, tmp_path: Path) -> None:

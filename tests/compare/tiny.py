@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--x", type=float, default=0.0, help="best at 0.3")
     parser.add_argument("--size", type=int, default=1)
     parser.add_argument("--layers", type=int, nargs="+", default=[])
-    modes = ["plain", "fail", "kill", "silent", "diverge", "empty", "environment"]
+    modes = ["plain", "fail", "kill", "silent", "diverge", "empty", "environment", "refuse"]
     parser.add_argument("--mode", choices=modes, default="plain")
     parser.add_argument("--gate", type=Path, help="wait until this file exists")
     parser.add_argument("--fast", action="store_true")
@@ -29,6 +29,8 @@ def main() -> None:
     (arguments.output_dir / "half").touch()
     while arguments.gate and not arguments.gate.exists():
         time.sleep(0.02)
+    if arguments.mode == "refuse":
+        parser.error("--mode: refused.")
     if arguments.mode == "fail":
         raise RuntimeError("out of ideas")
     if arguments.mode == "kill":
