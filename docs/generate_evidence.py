@@ -34,12 +34,14 @@ HEADINGS = {
     "test_expected_calibration_error": "ECE",
     "test_negative_log_likelihood": "NLL",
     "test_negative_log_likelihood_after_temperature": "NLL, scaled",
+    "test_perplexity": "perplexity",
     "eval_accuracy": "accuracy",
     "eval_expected_calibration_error": "ECE",
     "eval_loss": "loss",
     "gradient_norms/variance": "variance of gradient norms",
     "attention/attentions/first_token_mass": "first-token mass",
     "attention/attentions/entropy": "entropy",
+    "variance_ratio": "variance, relative",
 }
 
 

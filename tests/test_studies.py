@@ -1,14 +1,17 @@
 """The studies, their committed results, and the documents that quote them."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from docs.generate_evidence import DOCUMENTS, NUMBER, RESULTS, ROOT, updated
 from hf_attentiondrop.compare.results import RESULTS_FILE, read_runs
 from hf_attentiondrop.compare.study import name_of, read_study
-from studies import prepare
+from studies import gradient_noise, prepare
 
 
 STUDIES = sorted(Path("studies").glob("*.yaml"))
@@ -70,3 +73,22 @@ def test_other_data_are_refused(arguments: list[str], tmp_path: Path, capsys: py
     assert exit.value.code == 2
     assert re.search(r"commit|classes|one for each class|nothing to prepare", capsys.readouterr().err)
     assert not output.exists()
+
+
+def test_gradient_noise_is_measured_at_the_same_weights(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(24):
+            pixels = generator.integers(0, 128, (32, 32, 3)) + 127 * (label == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / label / f"{number}.png")
+    metrics = {}
+    for p in (0.0, 0.5):
+        output, perturbation = tmp_path / str(p), json.dumps({"variant": "hard", "p": p})
+        flags = ["--train_dir", str(tmp_path / "images"), "--train_samples", "32", "--num_train_epochs", "1"]
+        gradient_noise.main(
+            [*flags, "--batch_size", "8", "--attention_drop", perturbation, "--output_dir", str(output)]
+        )
+        metrics[p] = json.loads((output / "metrics.json").read_text())
+    assert metrics[0.0]["variance_ratio"] == pytest.approx(1) and metrics[0.0]["variance"] > 0
+    assert metrics[0.5]["variance_ratio"] != pytest.approx(1, abs=0.01)

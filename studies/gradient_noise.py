@@ -1,0 +1,73 @@
+"""How much do the gradients of mini-batches vary under a perturbation, compared with none, at the same weights?
+
+A small ViT is trained without perturbation by the recipe for images, and measured with and without one on batches
+from the same folder. A script for `hf-attentiondrop compare`:
+
+    hf-attentiondrop compare studies/gradient_noise.yaml --output_dir studies/results/gradient_noise
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from hf_attentiondrop.evaluation.gradients import GradientNoise, gradient_noise
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import image_classification
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_dir", required=True, help="folder of training images, with one subfolder per class")
+    parser.add_argument("--train_samples", type=int, default=2000, help="images to train on, and to measure on")
+    parser.add_argument("--num_train_epochs", type=float, default=4, help="of the training without perturbation")
+    parser.add_argument("--attention_drop", type=json.loads, help="the perturbation, as JSON; none by default")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of hidden states and attention weights")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
+    parser.add_argument("--seed", type=int, default=0, help="of training, batches and perturbation")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for metrics.json")
+    arguments = parser.parse_args(argv)
+
+    folder = arguments.output_dir / "model"
+    flags = [f"--{name}={getattr(arguments, name)}" for name in ("train_dir", "num_train_epochs", "seed")]
+    flags += ["--train_samples", str(arguments.train_samples), "--output_dir", str(folder), "--report_to", "none"]
+    model = ["--attn_implementation", "sdpa", "--hidden_size", "48", "--num_hidden_layers", "3"]
+    image_classification.main([*flags, *model, "--save_strategy", "no", "--eval_strategy", "no"])
+
+    attention = {"attn_implementation": "attentiondrop", "attention_drop": arguments.attention_drop}
+    dropout = {name: arguments.dropout for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    perturbed = measure(folder, arguments, **dropout, **(attention if arguments.attention_drop else {}))
+    plain = measure(folder, arguments)
+    metrics = {
+        "variance": perturbed.variance,
+        "variance_ratio": perturbed.variance / plain.variance,
+        "mean_norm_ratio": perturbed.mean_norm / plain.mean_norm,
+    }
+    (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, arguments: argparse.Namespace, **options: object) -> GradientNoise:
+    """The noise of the gradients at the saved weights, with these options of the model."""
+    model = AutoModelForImageClassification.from_pretrained(folder, **options)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rows = load_dataset("imagefolder", data_dir=arguments.train_dir, split="train").shuffle(seed=arguments.seed)
+    rows = rows.select(range(min(arguments.train_samples, len(rows)))).with_format(None)
+    batches = [
+        {
+            "pixel_values": processor(batch["image"], return_tensors="pt")["pixel_values"],
+            "labels": torch.tensor(batch["label"]),
+        }
+        for batch in rows.iter(arguments.batch_size, drop_last_batch=True)
+    ]
+    set_seed(arguments.seed)
+    return gradient_noise(model, batches)
+
+
+if __name__ == "__main__":
+    main()
