@@ -51,6 +51,13 @@ def map_first_sample(model: nn.Module, batches: Iterable[Mapping[str, Any]], pro
         return None
     is_of_decoder = maps.kind == "decoder_self" and transformers_model(model).config.is_encoder_decoder
     ids = batch.get("decoder_input_ids" if is_of_decoder else "input_ids")
-    tokens = None if ids is None else processor.convert_ids_to_tokens(ids[0].tolist())
+    tokens = None if ids is None else [_as_text(token, processor) for token in ids[0].tolist()]
     image = None if maps.grid is None else batch["pixel_values"][0].float().cpu()
     return SampleMaps(maps, None if image is not None else tokens, image)
+
+
+def _as_text(token: int, tokenizer: Any) -> str:
+    """A token as a reader knows it: byte-level vocabularies spell a space as Ġ, and others as ▁."""
+    text = tokenizer.decode([token]).strip()
+    # Nothing is left of a space, and a token can be a part of a character.
+    return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token)

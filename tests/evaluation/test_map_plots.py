@@ -1,7 +1,7 @@
 """Plots of attention maps show the maps with their tokens or image, legibly, and refuse what does not fit."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from transformers import BertConfig, BertModel, GPT2Tokenizer
 
 from hf_attentiondrop.evaluation.map_plots import plot_attention_maps
 from hf_attentiondrop.evaluation.maps import AttentionMaps, attention_maps
@@ -19,11 +20,13 @@ from hf_attentiondrop.evaluation.sample_maps import map_first_sample
 from tests.models import build, inputs
 
 
-class Tokenizer:
-    """Names the ids of the tests."""
+TEXT = "an old tree, a red tree: 愛"
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        return [f"token{number}" for number in ids]
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GPT2Tokenizer:
+    """Byte-level, so spaces are parts of tokens, and some tokens are parts of characters."""
+    return GPT2Tokenizer().train_new_from_iterator([TEXT, "an old tree, a red tree"], 270, show_progress=False)
 
 
 FIRST = 2  # Position of the first token after the padding.
@@ -110,10 +113,21 @@ def test_attention_over_an_image_comes_from_the_class_token() -> None:
     assert corners.argmin() == 0 and np.allclose(corners[1:], corners[1], atol=0.02)  # More weight is darker.
 
 
-def test_the_first_sample_of_a_report(caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_are_shown_as_text(tokenizer: GPT2Tokenizer) -> None:
+    batch = tokenizer([TEXT], return_tensors="pt")
+    assert "Ġ" in "".join(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes)
+    model = BertModel._from_config(config, attn_implementation="attentiondrop")
+    _, tokens, _ = map_first_sample(model, [batch], tokenizer)
+    assert len(tokens) == batch["input_ids"].shape[1] and all(tokens)
+    assert "".join(tokens).startswith("anoldtree,aredtree:") and "\ufffd" not in "".join(tokens)
+
+
+def test_the_first_sample_of_a_report(caplog: pytest.LogCaptureFixture, tokenizer: GPT2Tokenizer) -> None:
     batch = inputs("bert", padding="left")
-    maps, tokens, image = map_first_sample(build("bert"), iter([batch]), Tokenizer())
-    assert tokens == Tokenizer().convert_ids_to_tokens(batch["input_ids"][0].tolist()) and image is None
+    maps, tokens, image = map_first_sample(build("bert"), iter([batch]), tokenizer)
+    assert len(tokens) == batch["input_ids"].shape[1] and image is None
     assert torch.equal(maps.weights, attention_maps(build("bert"), {k: v[:1] for k, v in batch.items()}).weights)
     pixels = inputs("vit")
     maps, tokens, image = map_first_sample(build("vit"), [pixels], None)
