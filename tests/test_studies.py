@@ -36,6 +36,8 @@ def test_there_are_studies() -> None:
 def test_documents_quote_the_results(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert updated(text) == text, "run `python -m docs.generate_evidence`"
+    # In Markdown, a comment at the start of a line ends the paragraph.
+    assert not re.search(r"^ *<!-- =\S+ \w", text, re.MULTILINE)
     # Code and the definition of an interval aside.
     if path.name != "compare.md":
         assert "±" not in NUMBER.sub("", text), "a measured number without its source"
