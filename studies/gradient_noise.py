@@ -42,8 +42,10 @@ def main(argv: list[str] | None = None) -> None:
 
     attention = {"attn_implementation": "attentiondrop", "attention_drop": arguments.attention_drop}
     dropout = {name: arguments.dropout for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    perturbed = measure(folder, arguments, **dropout, **(attention if arguments.attention_drop else {}))
-    plain = measure(folder, arguments)
+    batches = load_batches(folder, arguments)
+    set_seed(arguments.seed)
+    perturbed = measure(folder, batches, **dropout, **(attention if arguments.attention_drop else {}))
+    plain = measure(folder, batches)
     metrics = {
         "variance": perturbed.variance,
         "variance_ratio": perturbed.variance / plain.variance,
@@ -52,21 +54,23 @@ def main(argv: list[str] | None = None) -> None:
     (arguments.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(folder: Path, arguments: argparse.Namespace, **options: object) -> GradientNoise:
+def measure(folder: Path, batches: list[dict[str, torch.Tensor]], **options: object) -> GradientNoise:
     """The noise of the gradients at the saved weights, with these options of the model."""
-    model = AutoModelForImageClassification.from_pretrained(folder, **options)
+    return gradient_noise(AutoModelForImageClassification.from_pretrained(folder, **options), batches)
+
+
+def load_batches(folder: Path, arguments: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Random images of the training folder, for the saved model."""
     processor = AutoImageProcessor.from_pretrained(folder)
     rows = load_dataset("imagefolder", data_dir=arguments.train_dir, split="train").shuffle(seed=arguments.seed)
-    rows = rows.select(range(min(arguments.train_samples, len(rows)))).with_format(None)
-    batches = [
+    rows = rows.select(range(min(arguments.train_samples, len(rows))))
+    return [
         {
             "pixel_values": processor(batch["image"], return_tensors="pt")["pixel_values"],
             "labels": torch.tensor(batch["label"]),
         }
         for batch in rows.iter(arguments.batch_size, drop_last_batch=True)
     ]
-    set_seed(arguments.seed)
-    return gradient_noise(model, batches)
 
 
 if __name__ == "__main__":

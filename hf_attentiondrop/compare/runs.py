@@ -103,7 +103,8 @@ def execute(
                 f"{planned.name}: {error} All other runs would probably fail, too. Correct `{key}` of the study, or "
                 "the script, and start it again: it repeats this run and keeps those that have ended."
             ) from error
-        *_, last = ["", *last_lines(log).splitlines()]
+        end = last_lines(log)
+        last = end.rpartition("\n")[-1]
         is_begun = planned.phase == "test" and study.search is not None
         if ended.code > 0 and REFUSAL.fullmatch(last) and not is_begun and is_first():
             raise ValueError(
@@ -111,7 +112,7 @@ def execute(
                 f"fail, too. Nothing was measured: correct the arguments, delete {folder} or name another folder, and "
                 "start again."
             ) from error
-        metrics, versions, failure = {}, {}, f"{error}\n{last_lines(log)}"
+        metrics, versions, failure = {}, {}, f"{error}\n{end}"
     if planned.phase == "tune":
         # Measurements on the test data are for the test runs alone.
         metrics = {name: value for name, value in metrics.items() if name in wanted}

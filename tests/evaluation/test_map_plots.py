@@ -127,7 +127,8 @@ def test_tokens_are_shown_as_text(tokenizer: GPT2Tokenizer) -> None:
 def test_the_first_sample_of_a_report(caplog: pytest.LogCaptureFixture, tokenizer: GPT2Tokenizer) -> None:
     batch = inputs("bert", padding="left")
     maps, tokens, image = map_first_sample(build("bert"), iter([batch]), tokenizer)
-    assert len(tokens) == batch["input_ids"].shape[1] and image is None
+    raw = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert tokens == [token.lstrip("Ġ") or token for token in raw] and image is None
     assert torch.equal(maps.weights, attention_maps(build("bert"), {k: v[:1] for k, v in batch.items()}).weights)
     pixels = inputs("vit")
     maps, tokens, image = map_first_sample(build("vit"), [pixels], None)
