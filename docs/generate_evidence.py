@@ -42,6 +42,7 @@ HEADINGS = {
     "attention/attentions/first_token_mass": "first-token mass",
     "attention/attentions/entropy": "entropy",
     "variance_ratio": "variance, relative",
+    "robustness/accuracies/PGD-20/0.5": "accuracy under PGD",
 }
 
 
