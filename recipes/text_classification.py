@@ -9,11 +9,11 @@ A pretrained model on your own texts, with a column of texts and one of classes 
     accelerate launch recipes/text_classification.py --config recipes/configs/text_classification.yaml \\
         --train_file reviews.csv --text_column review --label_column rating --output_dir runs/reviews
 
-Pairs of texts from the Hub, with a heavier consistency term:
+Pairs of texts from the Hub, with the consistency term:
 
     accelerate launch recipes/text_classification.py --config recipes/configs/text_classification.yaml \\
         --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column sentence1 --text_pair_column sentence2 \\
-        --consistency_weight 4 --output_dir runs/mrpc
+        --consistency_weight 3 --output_dir runs/mrpc
 
 `--consistency_weight 0.5` adds the consistency term, which takes two passes. With `--attn_implementation sdpa` it is
 R-Drop, on the dropout of the model. `--help` lists all arguments.
