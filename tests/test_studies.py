@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -61,6 +62,36 @@ def test_cifar10_is_prepared(tmp_path: Path) -> None:
                 (folder / f"{number}.jpg").write_bytes(b"image")
     prepare.main(["--cifar10", str(tmp_path / "source"), "--output", str(tmp_path / "data")])
     assert len(list((tmp_path / "data" / "cifar10").rglob("*.jpg"))) == 60
+
+
+def test_exported_weights_get_their_names_back() -> None:
+    tensors = {
+        "backbone.embeddings.cls_token": np.zeros((1, 1, 2)),
+        "backbone.encoder.layer.0.mlp.fc1.bias": np.zeros(3),
+        "decoder.bias": np.zeros(3),
+        "onnx::MatMul_1": np.arange(6.0).reshape(2, 3),
+        "onnx::Concat_1957": np.zeros((1, 1, 2)),
+        "onnx::Reshape_1962": np.ones((1, 4, 2)),
+    }
+    product = "/backbone/encoder/layer.0/mlp/fc1/MatMul_output_0"
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_1"], [product]),
+        onnx.helper.make_node("MatMul", [product, product], ["/backbone/scores/MatMul_output_0"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "model", [], [], [onnx.numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()]
+    )
+    weights = prepare.encoder_weights(onnx.helper.make_model(graph).SerializeToString())
+    assert {name.removeprefix("dinov2.") for name in weights} == {
+        "embeddings.cls_token",
+        "embeddings.mask_token",
+        "embeddings.position_embeddings",
+        "encoder.layer.0.mlp.fc1.bias",
+        "encoder.layer.0.mlp.fc1.weight",
+    }
+    # The exporter stores the weight of a linear layer transposed.
+    np.testing.assert_array_equal(weights["dinov2.encoder.layer.0.mlp.fc1.weight"], [[0, 3], [1, 4], [2, 5]])
+    assert weights["dinov2.embeddings.position_embeddings"][0, :, 0].tolist() == [0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("arguments", [["--sst2"], ["--shakespeare"], ["--cifar10"], []], ids=lambda a: "".join(a))
