@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in given.items():
         try:
             files = dict(SOURCES[name](path))
-        except (ImportError, OSError, ValueError) as error:
+        except ModuleNotFoundError as error:
+            parser.error(f"--{name}: converting this source takes the package {error.name}: pip install {error.name}.")
+        except (OSError, ValueError) as error:
             parser.error(f"--{name}: {error}")
         for file, content in files.items():
             target = arguments.output / name / file
