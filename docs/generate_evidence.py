@@ -35,6 +35,8 @@ HEADINGS = {
     "test_negative_log_likelihood": "NLL",
     "test_negative_log_likelihood_after_temperature": "NLL, scaled",
     "test_perplexity": "perplexity",
+    "test_bleu": "BLEU",
+    "test_chrf": "chrF",
     "eval_accuracy": "accuracy",
     "eval_expected_calibration_error": "ECE",
     "eval_loss": "loss",
