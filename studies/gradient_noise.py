@@ -1,7 +1,7 @@
 """How much do the gradients of mini-batches vary under a perturbation, compared with none, at the same weights?
 
 A small ViT is trained without perturbation by the recipe for images, and measured with and without one on batches
-from the same folder. A script for `hf-attentiondrop compare`:
+of the images that it was trained on. A script for `hf-attentiondrop compare`:
 
     hf-attentiondrop compare studies/gradient_noise.yaml --output_dir studies/results/gradient_noise
 """
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from hf_attentiondrop.evaluation.gradients import GradientNoise, gradient_noise
@@ -20,6 +19,7 @@ from hf_attentiondrop.evaluation.gradients import GradientNoise, gradient_noise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import image_classification
+from shared.data import draw_training_rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,17 +60,16 @@ def measure(folder: Path, batches: list[dict[str, torch.Tensor]], **options: obj
 
 
 def load_batches(folder: Path, arguments: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Random images of the training folder, for the saved model."""
+    """The images that the saved model was trained on, in random order."""
     processor = AutoImageProcessor.from_pretrained(folder)
-    rows = load_dataset("imagefolder", data_dir=arguments.train_dir, split="train").shuffle(seed=arguments.seed)
-    rows = rows.select(range(min(arguments.train_samples, len(rows))))
-    return [
-        {
-            "pixel_values": processor(batch["image"], return_tensors="pt")["pixel_values"],
-            "labels": torch.tensor(batch["label"]),
-        }
-        for batch in rows.iter(arguments.batch_size, drop_last_batch=True)
-    ]
+    of_data = image_classification.ImageDataArguments(
+        train_dir=arguments.train_dir, train_samples=arguments.train_samples
+    )
+    data = image_classification.load_data(of_data)
+    rows = draw_training_rows(data, of_data, arguments.seed, of_data.label_column)["train"].shuffle(arguments.seed)
+    starts = range(0, len(rows) - arguments.batch_size + 1, arguments.batch_size)
+    batches = [list(rows.select(range(start, start + arguments.batch_size))) for start in starts]
+    return [image_classification.collate(batch, processor, of_data) for batch in batches]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The studies, their committed results, and the documents that quote them."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from docs.generate_evidence import DOCUMENTS, NUMBER, RESULTS, ROOT, updated
 from hf_attentiondrop.compare.results import RESULTS_FILE, read_runs
@@ -123,5 +125,15 @@ def test_gradient_noise_is_measured_at_the_same_weights(tmp_path: Path) -> None:
             [*flags, "--batch_size", "8", "--attention_drop", perturbation, "--output_dir", str(output)]
         )
         metrics[p] = json.loads((output / "metrics.json").read_text())
+    # Measured on 32 of the 38 images that are not held out, each of them once.
+    arguments = argparse.Namespace(train_dir=str(tmp_path / "images"), train_samples=32, batch_size=8, seed=0)
+    batches = gradient_noise.load_batches(tmp_path / "0.0" / "model", arguments)
+    data = gradient_noise.image_classification.ImageDataArguments(train_dir=arguments.train_dir)
+    rows = [list(part) for part in gradient_noise.image_classification.load_data(data).values()]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "0.0" / "model")
+    train, held_out = (gradient_noise.image_classification.collate(part, processor, data) for part in rows)
+    seen = {pixels.sum().item() for batch in batches for pixels in batch["pixel_values"]}
+    assert len(seen) == 32 and seen <= {pixels.sum().item() for pixels in train["pixel_values"]}
+    assert seen.isdisjoint(pixels.sum().item() for pixels in held_out["pixel_values"])
     assert metrics[0.0]["variance_ratio"] == pytest.approx(1) and metrics[0.0]["variance"] > 0
     assert metrics[0.5]["variance_ratio"] != pytest.approx(1, abs=0.01)
