@@ -47,15 +47,14 @@ def from_mapping(kind: type[Parsed], values: Any) -> Parsed:
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with slashes in the names. Empty ones stay, so that they can be told from absent ones.
+    """Nested mappings as one, with slashes in the names.
 
-    >>> flatten({"a": 1, "b": {"c": 2}, "d": {}})
-    {'a': 1, 'b/c': 2, 'd': {}}
+    >>> flatten({"a": 1, "b": {"c": 2}})
+    {'a': 1, 'b/c': 2}
     """
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        is_filled = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{name}/") if is_filled else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -209,7 +209,11 @@ class Study(Config):
             earlier (`Mapping`): from [`Study.to_dict`].
             changeable (`Collection[str]`): what may differ, from [`changeable`].
         """
-        old, new = (flatten({**values, "script": Path(values["script"]).name}) for values in (earlier, self.to_dict()))
+        old, new = (
+            # Methods without arguments leave nothing else behind.
+            {"methods": sorted(values["methods"]), **flatten({**values, "script": Path(values["script"]).name})}
+            for values in (earlier, self.to_dict())
+        )
         fixed = [name for name in {**old, **new} if not name.startswith(tuple(changeable))]
         changed = [name for name in fixed if old.get(name) != new.get(name)]
         return "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
