@@ -53,7 +53,14 @@ from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
-from shared.text import FileArguments, check_text, check_tokens, load_text_data, train_encoder_tokenizer
+from shared.text import (
+    FileArguments,
+    check_text,
+    check_tokens,
+    load_text_data,
+    texts_at_limit,
+    train_encoder_tokenizer,
+)
 from shared.training import train
 from sklearn.metrics import f1_score
 from transformers import (
@@ -229,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, data_args)
         check_tokens(tokenized, model)
+        parser.note(texts_at_limit(tokenized, data_args.max_length))
         if evaluation_args.evaluate_robustness:
             with naming_flag("--evaluate_robustness"):
                 check_attackable(model)

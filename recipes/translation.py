@@ -50,7 +50,7 @@ from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
-from shared.text import check_tokens
+from shared.text import check_tokens, texts_at_limit
 from shared.training import train
 from shared.translations import TranslationDataArguments, load_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, model_args, data_args)
         check_tokens(tokenized, model, ("input_ids", "labels"))
+        # BLEU and chrF compare with targets that are cut, too.
+        parser.note(texts_at_limit(tokenized, model_args.max_length, ("input_ids", "labels")))
         accept_saved_weights(model)
         apply_dropconnect(model, model_args.dropconnect)
         trainer = AttentionDropSeq2SeqTrainer(

@@ -276,6 +276,7 @@ def test_bad_input_ends_in_one_line(
     model = ["--model_name_or_path", checkpoint]
     cases = [
         (["--use_peft"], "add --model_name_or_path"),
+        ([*model, "--lora_r", "4"], "--lora_r 4 would have no effect without --use_peft"),
         ([*model, "--use_peft", "--lora_target_modules", "query", "--block_size", "64"], "query"),
         (
             [*model, "--use_peft", "--attn_implementation", "affine_scaled", "--block_size", "64"],

@@ -200,6 +200,10 @@ def test_tests_an_image_classifier_on_a_folder(images: ModuleType, tmp_path: Pat
     scaled = calibration_metrics(logits / 2, labels)
     assert {name: again[f"test_{name}_after_temperature"] for name in scaled} == pytest.approx(scaled, rel=1e-4)
     assert again["test_brier_score"] == pytest.approx(expected["brier_score"], rel=1e-4)
+    # A model without an error there has no temperature, and all metrics nevertheless.
+    evaluation = ClassifierEvaluation({"calibration": {}}, reliability(logits, labels), {}, {})
+    unscaled = images.evaluate_classifier_on_test(trainer, tested, evaluation)
+    assert all(unscaled[f"test_{name}_after_temperature"] == unscaled[f"test_{name}"] for name in scaled)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| Brier score | {metrics['test_brier_score']:.4g} |" in card
     assert "train, tested on test" in card and "| Test | 12 |" in card
@@ -269,7 +273,11 @@ def test_unusable_test_data_and_draws_are_errors(
         ("text_classification", [*data, "--test_file", train], "--test_file: expected data for the test alone, got"),
         ("text_classification", [*data, "--test_file", tmp_path / "no.csv"], "--test_file: expected an existing path"),
         ("text_classification", ["--test_file", other], "--test_file needs --train_file, which is missing."),
-        ("text_classification", ["--test_split", "test"], "--test_split needs --dataset_name, which is missing"),
+        (
+            "text_classification",
+            ["--test_split", "test", "--train_split", "all"],
+            "--train_split all and --test_split test would have no effect without --dataset_name.",
+        ),
         (
             "text_classification",
             [*data, "--test_file", good, "--test_fraction", 0.1],
@@ -286,7 +294,8 @@ def test_unusable_test_data_and_draws_are_errors(
             "--train_samples: expected a number from 2, one sample per class, to",
         ),
         ("text_classification", [*data, "--train_samples", 0], "--train_samples: expected at least 1, got 0."),
-        ("text_classification", [*data, "--robustness_epsilon", 1], "nothing is attacked without --evaluate_rob"),
+        ("text_classification", [*data, "--robustness_epsilon", 1], "1.0 would have no effect without --evaluate_rob"),
+        ("text_classification", [*data, "--robustness_samples", 9], "9 would have no effect without --evaluate_rob"),
         (
             "image_classification",
             ["--evaluate_robustness", "--robustness_epsilon", -1],

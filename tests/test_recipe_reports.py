@@ -78,7 +78,8 @@ def test_first_measured_samples_have_every_class(tmp_path: Path, monkeypatch: py
 
     labels = sorted(range(60), key=lambda number: number % 3)  # like folders of images
     dataset = Dataset.from_dict({"number": labels, "labels": [number % 3 for number in labels]})
-    arguments = AttentionDropTrainingArguments(str(tmp_path), per_device_eval_batch_size=10, use_cpu=True)
+    options = {"per_device_eval_batch_size": 10, "use_cpu": True, "remove_unused_columns": False}
+    arguments = AttentionDropTrainingArguments(str(tmp_path), **options)
     batches = held_out_batches(AttentionDropTrainer(build("vit"), arguments, eval_dataset=dataset))
     seen = [[batch["number"].tolist() for batch in batches] for _ in range(2)]
     assert seen[0] == seen[1] and sorted(sum(seen[0], [])) == list(range(60))

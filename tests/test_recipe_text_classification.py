@@ -19,6 +19,9 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     EvalPrediction,
     T5Config,
     T5ForSequenceClassification,
@@ -152,6 +155,23 @@ def test_pairs_of_a_data_set_reach_the_model(recipe: ModuleType, tmp_path: Path)
     pieces = tokenizer.decode(tokenized[0]["input_ids"]).split(tokenizer.sep_token)
     assert [data["train"][0]["reply"] in piece for piece in pieces] == [False, True, False]
     assert set(tokenized[0]["token_type_ids"]) == {0, 1}
+
+
+def test_inputs_that_the_model_does_not_take_are_left_out(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    texts = [row["note"] for row in rows()]
+    tokenizer = BertTokenizer().train_new_from_iterator(texts, 100, show_progress=False)
+    assert "token_type_ids" in tokenizer(texts[0])
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_heads=2, n_layers=1, hidden_dim=32)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    files = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(write(tmp_path / "a.csv", rows()))]
+    steps = ["--max_steps", "2", "--max_length", "6", "--output_dir", str(tmp_path / "out")]
+    recipe.main([*files, *COLUMNS, *steps])
+    assert read(tmp_path / "out", "metrics.json")["calibration"]["brier_score"] > 0
+    # Each of these texts is longer.
+    assert "--max_length 6: of the texts, 32 of 32 in train, 8 of 8 in validation have" in capfd.readouterr().err
 
 
 def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from .calibration import (
     MIN_TEMPERATURE,
     ReliabilityBins,
     calibration_metrics,
-    fit_temperature,
     optimal_temperature,
     reliability,
 )
@@ -72,8 +71,9 @@ def evaluate_classifier(
     """Measures an image or text classifier on labelled data, in evaluation mode.
 
     Calibration after temperature scaling is cross-fitted: the temperature for the even samples is fitted on the odd
-    ones and vice versa, so no sample is measured at a temperature that it was used to fit. The reported temperature is
-    fitted on all samples. Both are omitted if a half of the samples has no optimal temperature.
+    ones and vice versa, so no sample is measured at a temperature that it was used to fit. It is omitted if a half of
+    the samples has no optimal temperature. The reported temperature is fitted on all samples, and omitted if they have
+    none.
 
     Attention is measured on the first 128 samples, regardless of the batch size.
 
@@ -109,12 +109,12 @@ def evaluate_classifier(
     check_not_empty(len(labels))
     scores = {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "samples": len(labels)}
     calibration: dict[str, Any] = calibration_metrics(logits, labels)
-    scaled = cross_fitted(logits, labels)
-    if scaled is not None:
-        calibration["temperature"] = fit_temperature(logits, labels)
+    if MIN_TEMPERATURE < (temperature := optimal_temperature(logits, labels)) < MAX_TEMPERATURE:
+        calibration["temperature"] = temperature
+    if (scaled := cross_fitted(logits, labels)) is not None:
         calibration["after_temperature"] = calibration_metrics(scaled, labels)
     else:
-        logger.info("Temperature scaling is omitted: a half of the samples has no optimal temperature.")
+        logger.info("Calibration after scaling is omitted: a half of the samples has no optimal temperature.")
     metrics = {**scores, "calibration": calibration}
     curves: dict[str, tuple[RobustAccuracy, ...]] = {}
     attention: dict[str, AttentionStatistics] = {}

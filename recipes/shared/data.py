@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.reading import check_all_labelled, check_column, load_splits
 
-from .arguments import check_at_least_one, check_path
+from .arguments import check_at_least_one, check_needed, check_path
 
 
 # Held-out samples and subsets do not depend on --seed, so that runs can be compared.
@@ -65,8 +65,7 @@ class DatasetArguments:
         check_at_least_one(self, "max_train_samples", "max_eval_samples", "train_samples")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"--test_fraction: expected a share in [0, 1), got {self.test_fraction}.")
-        if self.test_split and not self.dataset_name:
-            raise ValueError("--test_split needs --dataset_name, which is missing, and would have no effect.")
+        check_needed(self, "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:

@@ -15,7 +15,7 @@ from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attenti
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 from hf_attentiondrop.evaluation.running import first_samples
 
-from .arguments import check_at_least_one
+from .arguments import check_at_least_one, check_needed
 
 
 @dataclass
@@ -41,15 +41,9 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         check_at_least_one(self, "robustness_samples")
         epsilon = self.robustness_epsilon
-        if epsilon is None:
-            return
-        if not 0 < epsilon < math.inf:
+        if epsilon is not None and not 0 < epsilon < math.inf:
             raise ValueError(f"--robustness_epsilon: expected a number above 0, got {epsilon}.")
-        if not self.evaluate_robustness:
-            raise ValueError(
-                f"--robustness_epsilon: nothing is attacked without --evaluate_robustness, so {epsilon} would be "
-                "ignored. Add that flag, or leave this one out."
-            )
+        check_needed(self, "evaluate_robustness", "robustness_samples", "robustness_epsilon")
 
 
 class LastEvaluation(TrainerCallback):
@@ -110,15 +104,17 @@ def evaluate_classifier_on_test(
         trainer ([`~transformers.Trainer`]): of the classifier.
         dataset ([`~datasets.Dataset`]): the test data.
         evaluation ([`ClassifierEvaluation`], *optional*):
-            Of the validation data. If it has a temperature, the calibration at that temperature is measured too, as
-            metrics that end in `_after_temperature`.
+            Of the validation data. The calibration at its temperature is measured too, as metrics that end in
+            `_after_temperature`. Without an optimal temperature there, which takes wrong predictions, nothing is
+            scaled, and they equal the others.
     """
     output = trainer.predict(dataset, metric_key_prefix="test")
     predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     logits, labels = torch.as_tensor(predictions), torch.as_tensor(output.label_ids)
     metrics = {f"test_{name}": value for name, value in calibration_metrics(logits, labels).items()}
-    if evaluation is not None and "temperature" in evaluation.metrics["calibration"]:
-        scaled = calibration_metrics(logits / evaluation.metrics["calibration"]["temperature"], labels)
+    if evaluation is not None:
+        # Also of the best models: a comparison would drop runs that lack a metric.
+        scaled = calibration_metrics(logits / evaluation.metrics["calibration"].get("temperature", 1.0), labels)
         metrics |= {f"test_{name}_after_temperature": value for name, value in scaled.items()}
     return {**output.metrics, **metrics}
 
@@ -131,5 +127,6 @@ def measure_attention(trainer: Trainer) -> dict[str, AttentionStatistics]:
 def held_out_batches(trainer: Trainer) -> DataLoader[Any]:
     """The whole held-out data on every process, in random order: files are sorted by class, and attacks and attention
     are measured on the first samples."""
-    dataset = trainer.eval_dataset.shuffle(seed=trainer.args.seed)
+    # As in training: a tokenizer may return inputs that the model does not take, such as `token_type_ids`.
+    dataset = trainer._remove_unused_columns(trainer.eval_dataset).shuffle(seed=trainer.args.seed)
     return DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)

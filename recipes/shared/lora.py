@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_attentiondrop.methods import LEARNED_METHODS
 
-from .arguments import ModelArguments, check_path
+from .arguments import ModelArguments, check_needed, check_path
 
 
 @dataclass
@@ -25,6 +25,9 @@ class LoraArguments:
         default=None,
         metadata={"help": "Names of the modules to adapt; by default those that PEFT chooses for the model."},
     )
+
+    def __post_init__(self) -> None:
+        check_needed(self, "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:

@@ -105,8 +105,10 @@ class RecipeParser(HfArgumentParser):
         """Exits with one line on stderr, printed by the first process of a machine only."""
         self.exit(code, self._line(message))
 
-    def note(self, message: str) -> None:
-        """Prints a note to stderr, in one line, by the first process of a machine only."""
+    def note(self, message: str | None) -> None:
+        """Prints a note to stderr, if there is one, in one line, by the first process of a machine only."""
+        if message is None:
+            return
         print(self._line(f"note: {message}") or "", end="", file=sys.stderr)
 
     def _line(self, message: str) -> str | None:

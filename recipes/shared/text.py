@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -115,6 +116,23 @@ def check_tokens(data: DatasetDict, model: PreTrainedModel, columns: Sequence[st
                     f"the model has embeddings, got token {highest}: they do not belong together. Pass a model with "
                     "the tokenizer that it was trained with."
                 )
+
+
+def texts_at_limit(data: DatasetDict, max_length: int, columns: Sequence[str] = ("input_ids",)) -> str | None:
+    """Says how many texts of each split have as many tokens as are kept, so that their rest is cut off.
+
+    >>> data = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]]})
+    >>> texts_at_limit(DatasetDict(train=data), 3)
+    '--max_length 3: of the texts, 1 of 2 in train have that many tokens; longer ones are cut there.'
+    """
+    counts = {}
+    for split, dataset in data.items():
+        reached = [pc.greater_equal(pc.list_value_length(dataset.data.column(name)), max_length) for name in columns]
+        counts[split] = int(np.logical_or.reduce([each.to_numpy() for each in reached]).sum())
+    if not any(counts.values()):
+        return None
+    shown = ", ".join(f"{count} of {len(data[split])} in {split}" for split, count in counts.items())
+    return f"--max_length {max_length}: of the texts, {shown} have that many tokens; longer ones are cut there."
 
 
 def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -31,6 +31,7 @@ from hf_attentiondrop.evaluation.perturbation_space import Normalization
 
 
 NORMALIZATION = Normalization((0.5,), (0.25,))
+SCALED = {"temperature", "after_temperature"}
 
 
 def vit(implementation: str = "attentiondrop") -> ViTForImageClassification:
@@ -220,6 +221,19 @@ def test_scaling_is_omitted_if_a_half_has_no_optimal_temperature(caplog: pytest.
     assert cross_fitted(logits, labels) is None
     assert cross_fitted(torch.nn.functional.one_hot(labels, 2) * 2.0, labels) is None
     assert caplog.text == ""  # There is no bound to warn about.
+
+
+def test_a_single_error_has_a_temperature_but_cannot_be_cross_fitted() -> None:
+    model, batches = vit(), images(40)
+    logits, _ = predict(model, batches)
+    for batch, part in zip(batches, logits.split(5), strict=True):
+        batch["labels"] = part.argmax(-1)
+    assert evaluate_classifier(model, batches).metrics["calibration"].keys().isdisjoint(SCALED)
+    batches[0]["labels"][3] = logits[3].argmin()
+    calibration = evaluate_classifier(model, batches).metrics["calibration"]
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert calibration.keys() & SCALED == {"temperature"}
+    assert calibration["temperature"] == fit_temperature(logits, labels)
 
 
 def test_samples_without_a_label_are_ignored() -> None:
