@@ -55,14 +55,9 @@ def names_of_readers(page: str, checkpoint: Path) -> dict[str, Any]:
     rows = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids.tolist())]
     batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 0, 1])}
     names: dict[str, Any] = {"path": str(checkpoint), "dataset": rows, "train_loader": [batch], "batches": [batch]}
+    names["texts"] = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6"]})
     if page == "consistency.md":
-        texts = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6"]})
-        names |= {
-            "texts": texts,
-            "batch": {"input_ids": ids},
-            "labels": ids,
-            "task_loss": lambda logits: logits.mean(),
-        }
+        names["batch"] = {"input_ids": ids, "labels": ids}
     elif page == "schedules.md":
         model = LlamaForSequenceClassification.from_pretrained(checkpoint, attn_implementation="attentiondrop")
         names["model"] = model
