@@ -248,6 +248,9 @@ def test_the_lora_preset_drops_columns_of_keys_and_keeps_two_passes_consistent(
     assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "### DropKey" in card and "### Consistency between two passes" in card and "library_name: peft" in card
+    # The settings of the adapter in the file do not stand in the way of training without it.
+    recipe.main([*flags, "--use_peft", "false", "--output_dir", str(tmp_path / "whole")])
+    assert (tmp_path / "whole" / "model.safetensors").exists()
 
 
 def test_resumed_lora_run_equals_uninterrupted_run(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_bad_input_ends_in_one_line(
     model = ["--model_name_or_path", checkpoint]
     cases = [
         (["--use_peft"], "add --model_name_or_path"),
-        ([*model, "--lora_r", "4"], "--lora_r 4 would have no effect without --use_peft"),
+        ([*model, "--lora_r", "4"], "--lora_r would have no effect without --use_peft"),
         ([*model, "--use_peft", "--lora_target_modules", "query", "--block_size", "64"], "query"),
         (
             [*model, "--use_peft", "--attn_implementation", "affine_scaled", "--block_size", "64"],

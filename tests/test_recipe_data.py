@@ -294,8 +294,16 @@ def test_unusable_test_data_and_draws_are_errors(
             "--train_samples: expected a number from 2, one sample per class, to",
         ),
         ("text_classification", [*data, "--train_samples", 0], "--train_samples: expected at least 1, got 0."),
-        ("text_classification", [*data, "--robustness_epsilon", 1], "1.0 would have no effect without --evaluate_rob"),
-        ("text_classification", [*data, "--robustness_samples", 9], "9 would have no effect without --evaluate_rob"),
+        (
+            "text_classification",
+            [*data, "--robustness_epsilon", 1],
+            "robustness_epsilon would have no effect",
+        ),
+        (
+            "text_classification",
+            [*data, "--robustness_samples", 9],
+            "robustness_samples would have no effect",
+        ),
         (
             "image_classification",
             ["--evaluate_robustness", "--robustness_epsilon", -1],

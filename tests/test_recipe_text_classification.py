@@ -171,7 +171,7 @@ def test_inputs_that_the_model_does_not_take_are_left_out(
     recipe.main([*files, *COLUMNS, *steps])
     assert read(tmp_path / "out", "metrics.json")["calibration"]["brier_score"] > 0
     # Each of these texts is longer.
-    assert "--max_length 6: of the texts, 32 of 32 in train, 8 of 8 in validation have" in capfd.readouterr().err
+    assert "--max_length 6: 32 of 32 rows in train, 8 of 8 rows in validation have" in capfd.readouterr().err
 
 
 def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ class Study(Config):
         """
         old, new = (
             # Methods without arguments leave nothing else behind.
-            {"methods": sorted(values["methods"]), **flatten({**values, "script": Path(values["script"]).name})}
+            dict.fromkeys((f"methods/{name}" for name in values["methods"]), "there")
+            | flatten({**values, "script": Path(values["script"]).name})
             for values in (earlier, self.to_dict())
         )
         fixed = [name for name in {**old, **new} if not name.startswith(tuple(changeable))]

@@ -100,10 +100,15 @@ def final_test_table(metrics: Mapping[str, Any]) -> Table:
     ('Metric', 'This model', 'After temperature scaling, fitted on the evaluation data')
     ('Accuracy', '0.5', '-')
     ('Brier score', '0.8', '0.7')
+    >>> final_test_table({**metrics, "calibration": {"brier_score": 0.6}})[0]  # which had no temperature to fit
+    ('Metric', 'This model')
     """
     found = evaluation_metrics(metrics, "test")
     columns = {"This model": {name: value for name, value in found.items() if not name.endswith(AFTER_TEMPERATURE)}}
-    if after := {name.removesuffix(AFTER_TEMPERATURE): found[name] for name in found.keys() - columns["This model"]}:
+    calibration = metrics.get("calibration")
+    after = {name.removesuffix(AFTER_TEMPERATURE): found[name] for name in found.keys() - columns["This model"]}
+    # Without an optimal temperature the recipes scale nothing.
+    if after and (not calibration or "temperature" in calibration):
         columns["After temperature scaling, fitted on the evaluation data"] = after
     names = columns["This model"]
     rows = [(title_of(name), *(number(values.get(name)) for values in columns.values())) for name in names]

@@ -1,6 +1,6 @@
 """Arguments shared by all recipes, and checks of them."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,24 +132,6 @@ def check_at_least_one(arguments: Any, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}.")
-
-
-def check_needed(arguments: Any, needed: str, *names: str) -> None:
-    """Checks that no argument was changed that has an effect only together with another one.
-
-    Args:
-        arguments: dataclass with all of them.
-        needed (`str`): field of the other one; the check passes if it is set.
-        names (`str`): fields that have no effect without it.
-
-    Raises:
-        ValueError: if one differs from its default.
-    """
-    defaults = {field.name: field.default for field in fields(arguments)}
-    changed = [name for name in names if getattr(arguments, name) != defaults[name]]
-    if changed and not getattr(arguments, needed):
-        shown = " and ".join(f"--{name} {getattr(arguments, name)}" for name in changed)
-        raise ValueError(f"{shown} would have no effect without --{needed}. Add that flag, or leave the others out.")
 
 
 def check_path(flag: str, name: str | None, is_local: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from hf_attentiondrop.cli.flags import naming_flag
 from hf_attentiondrop.evaluation.reading import check_all_labelled, check_column, load_splits
 
-from .arguments import check_at_least_one, check_needed, check_path
+from .arguments import check_at_least_one, check_path
 
 
 # Held-out samples and subsets do not depend on --seed, so that runs can be compared.
@@ -26,6 +26,7 @@ class DatasetArguments:
     """The data to train and evaluate on; each recipe adds its local files and columns."""
 
     _argument_group_name = "data"
+    _needing: ClassVar = {"dataset_name": ("dataset_config_name", "train_split", "validation_split", "test_split")}
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub, or a folder that load_dataset can read."}
@@ -65,7 +66,6 @@ class DatasetArguments:
         check_at_least_one(self, "max_train_samples", "max_eval_samples", "train_samples")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"--test_fraction: expected a share in [0, 1), got {self.test_fraction}.")
-        check_needed(self, "dataset_name", "dataset_config_name", "train_split", "validation_split", "test_split")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -15,7 +15,7 @@ from hf_attentiondrop.evaluation.diagnostics import AttentionStatistics, attenti
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
 from hf_attentiondrop.evaluation.running import first_samples
 
-from .arguments import check_at_least_one, check_needed
+from .arguments import check_at_least_one
 
 
 @dataclass
@@ -23,6 +23,7 @@ class EvaluationArguments:
     """Optional measurements at the end, in addition to accuracy, calibration and attention."""
 
     _argument_group_name = "evaluation"
+    _needing: ClassVar = {"evaluate_robustness": ("robustness_samples", "robustness_epsilon")}
 
     evaluate_robustness: bool = field(
         default=False, metadata={"help": "Attack the trained model with FGSM and PGD and report its robust accuracy."}
@@ -43,7 +44,6 @@ class EvaluationArguments:
         epsilon = self.robustness_epsilon
         if epsilon is not None and not 0 < epsilon < math.inf:
             raise ValueError(f"--robustness_epsilon: expected a number above 0, got {epsilon}.")
-        check_needed(self, "evaluate_robustness", "robustness_samples", "robustness_epsilon")
 
 
 class LastEvaluation(TrainerCallback):
@@ -105,8 +105,8 @@ def evaluate_classifier_on_test(
         dataset ([`~datasets.Dataset`]): the test data.
         evaluation ([`ClassifierEvaluation`], *optional*):
             Of the validation data. The calibration at its temperature is measured too, as metrics that end in
-            `_after_temperature`. Without an optimal temperature there, which takes wrong predictions, nothing is
-            scaled, and they equal the others.
+            `_after_temperature`. If no temperature is optimal there, because all predictions are right or none is
+            better than chance, nothing is scaled, and they equal the others.
     """
     output = trainer.predict(dataset, metric_key_prefix="test")
     predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions

@@ -1,19 +1,20 @@
 """LoRA adapters for the language modeling recipe."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_attentiondrop.methods import LEARNED_METHODS
 
-from .arguments import ModelArguments, check_needed, check_path
+from .arguments import ModelArguments, check_path
 
 
 @dataclass
 class LoraArguments:
     _argument_group_name = "LoRA"
+    _needing: ClassVar = {"use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")}
 
     use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters instead of the weights of the model."}
@@ -25,9 +26,6 @@ class LoraArguments:
         default=None,
         metadata={"help": "Names of the modules to adapt; by default those that PEFT chooses for the model."},
     )
-
-    def __post_init__(self) -> None:
-        check_needed(self, "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ class RecipeParser(HfArgumentParser):
 
     Args:
         description (`str`): text for `--help`, usually the recipe's docstring.
-        dataclass_types (`Sequence[type]`): dataclasses whose fields become flags.
+        dataclass_types (`Sequence[type]`):
+            Dataclasses whose fields become flags. `_needing` of one names flags that have an effect only with another.
     """
 
     def __init__(self, description: str, dataclass_types: Sequence[type]) -> None:
@@ -88,6 +89,7 @@ class RecipeParser(HfArgumentParser):
         self.given = {*from_file, *typed_values}
         self.set_defaults(**defaults(self._read(flags)))
         self.values = self._read(flags)
+        self._check_needed()
         with self.exiting_on_bad_input():
             attention = attention_options(self.values)
             arguments = self.parse_dict(self.values, allow_extra_keys=True)
@@ -155,6 +157,15 @@ class RecipeParser(HfArgumentParser):
                 yield
         except KeyboardInterrupt:
             self.stop(130, "interrupted before the training; nothing was written.")
+
+    def _check_needed(self) -> None:
+        """Flags without effect are an error, unless the flag that they need is switched off on purpose."""
+        for kind in self.dataclass_types:
+            for needed, names in getattr(kind, "_needing", {}).items():
+                idle = [_shown(name, self.values[name]) for name in names if name in self.given]
+                if idle and not self.values[needed] and needed not in self.given:
+                    shown = " and ".join(idle)
+                    self.error(f"{shown} would have no effect without --{needed}. Add it, or leave the others out.")
 
     def _given(self, flags: Iterable[str]) -> dict[str, Any]:
         """The values that the flags set, without defaults."""

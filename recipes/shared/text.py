@@ -119,11 +119,11 @@ def check_tokens(data: DatasetDict, model: PreTrainedModel, columns: Sequence[st
 
 
 def texts_at_limit(data: DatasetDict, max_length: int, columns: Sequence[str] = ("input_ids",)) -> str | None:
-    """Says how many texts of each split have as many tokens as are kept, so that their rest is cut off.
+    """Says how many rows of each split have a text of as many tokens as are kept, whose rest is cut off.
 
-    >>> data = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 2]]})
-    >>> texts_at_limit(DatasetDict(train=data), 3)
-    '--max_length 3: of the texts, 1 of 2 in train have that many tokens; longer ones are cut there.'
+    >>> data = Dataset.from_dict({"input_ids": [[1], [1]], "labels": [[1, 2, 3], [1]]})
+    >>> texts_at_limit(DatasetDict(train=data), 3, ("input_ids", "labels"))
+    '--max_length 3: 1 of 2 rows in train have a text of that many tokens; longer texts are cut there.'
     """
     counts = {}
     for split, dataset in data.items():
@@ -131,8 +131,8 @@ def texts_at_limit(data: DatasetDict, max_length: int, columns: Sequence[str] = 
         counts[split] = int(np.logical_or.reduce([each.to_numpy() for each in reached]).sum())
     if not any(counts.values()):
         return None
-    shown = ", ".join(f"{count} of {len(data[split])} in {split}" for split, count in counts.items())
-    return f"--max_length {max_length}: of the texts, {shown} have that many tokens; longer ones are cut there."
+    shown = ", ".join(f"{count} of {len(data[split])} rows in {split}" for split, count in counts.items())
+    return f"--max_length {max_length}: {shown} have a text of that many tokens; longer texts are cut there."
 
 
 def train_encoder_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
