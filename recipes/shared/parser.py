@@ -162,9 +162,10 @@ class RecipeParser(HfArgumentParser):
         """Flags without effect are an error, unless the flag that they need is switched off on purpose."""
         for kind in self.dataclass_types:
             for needed, names in getattr(kind, "_needing", {}).items():
-                idle = [_shown(name, self.values[name]) for name in names if name in self.given]
-                if idle and not self.values[needed] and needed not in self.given:
-                    shown = " and ".join(idle)
+                # The file of a run has defaults, too.
+                changed = [name for name in names if self.values[name] != self.get_default(name)]
+                if changed and not self.values[needed] and needed not in self.given:
+                    shown = " and ".join(_shown(name, self.values[name]) for name in changed)
                     self.error(f"{shown} would have no effect without --{needed}. Add it, or leave the others out.")
 
     def _given(self, flags: Iterable[str]) -> dict[str, Any]:
