@@ -297,12 +297,12 @@ def test_unusable_test_data_and_draws_are_errors(
         (
             "text_classification",
             [*data, "--robustness_epsilon", 1],
-            "robustness_epsilon would have no effect",
+            "--robustness_epsilon would have no effect",
         ),
         (
             "text_classification",
             [*data, "--robustness_samples", 9],
-            "robustness_samples would have no effect",
+            "no effect without --evaluate_robustness",
         ),
         (
             "image_classification",

@@ -227,13 +227,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     3.641
     """
     temperature = optimal_temperature(logits, labels)
-    if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
+    if not is_optimal(temperature):
         logger.warning(
             f"The negative log-likelihood has no minimum at temperatures between {MIN_TEMPERATURE} and "
             f"{MAX_TEMPERATURE}, so the bound {temperature} is returned: either all predictions are right, or they "
             "are no better than chance. Do not use it as a temperature; fit on more, or harder, validation items."
         )
     return temperature
+
+
+def is_optimal(temperature: float) -> bool:
+    """Whether [`optimal_temperature`] found one: a bound stands for none."""
+    return MIN_TEMPERATURE < temperature < MAX_TEMPERATURE
 
 
 def optimal_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -16,10 +16,9 @@ from ..validation import is_number
 from .adversarial import RobustAccuracy, robustness_curve
 from .attack import Attack
 from .calibration import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
     ReliabilityBins,
     calibration_metrics,
+    is_optimal,
     optimal_temperature,
     reliability,
 )
@@ -109,7 +108,7 @@ def evaluate_classifier(
     check_not_empty(len(labels))
     scores = {"accuracy": (logits.argmax(-1) == labels).double().mean().item(), "samples": len(labels)}
     calibration: dict[str, Any] = calibration_metrics(logits, labels)
-    if MIN_TEMPERATURE < (temperature := optimal_temperature(logits, labels)) < MAX_TEMPERATURE:
+    if is_optimal(temperature := optimal_temperature(logits, labels)):
         calibration["temperature"] = temperature
     if (scaled := cross_fitted(logits, labels)) is not None:
         calibration["after_temperature"] = calibration_metrics(scaled, labels)
@@ -162,7 +161,7 @@ def cross_fitted(logits: Tensor, labels: Tensor) -> Tensor | None:
     if not (is_wrong[::2].any() and is_wrong[1::2].any()):
         return None
     of_even, of_odd = (optimal_temperature(logits[half::2], labels[half::2]) for half in (0, 1))
-    if not all(MIN_TEMPERATURE < temperature < MAX_TEMPERATURE for temperature in (of_even, of_odd)):
+    if not (is_optimal(of_even) and is_optimal(of_odd)):
         return None
     scaled = logits.clone()
     scaled[::2] /= of_odd
