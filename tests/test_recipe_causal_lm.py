@@ -27,7 +27,8 @@ from .recipe_runs import NO_EVALUATION, RECIPES, error_line, load, run_program
 
 pytestmark = pytest.mark.xdist_group("causal_lm")
 # Without the consistency term, which most tests do not need, steps are cheaper.
-QUICK = ["--max_steps", "2", "--max_eval_samples", "8", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+FINE_TUNING = ["--max_steps", "2", "--max_eval_samples", "8", "--consistency_weight", "0"]
+QUICK = ["--num_hidden_layers", "1", *FINE_TUNING]
 TEXTS = [f"The {adjective} {noun},\nso they say." for adjective in ("red", "old", "new") for noun in "abcdefgh"]
 SUFFIXES = ["csv", "tsv", "json", "jsonl", "parquet", "txt"]
 
@@ -227,7 +228,7 @@ def test_lora_trains_learned_attention(recipe: ModuleType, checkpoint: Path, tmp
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(base)
     flags = ["--use_peft", "--attn_implementation", "affine_scaled", "--max_train_samples", "200"]
     flags += ["--model_name_or_path", str(base), "--block_size", "64"]
-    recipe.main([*QUICK, *flags, *NO_EVALUATION, "--output_dir", str(tmp_path / "lora")])
+    recipe.main([*FINE_TUNING, *flags, *NO_EVALUATION, "--output_dir", str(tmp_path / "lora")])
     weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     trained = {name: weight for name, weight in weights.items() if name.endswith("reweighting.weight")}
     assert len(trained) == 1 and all(weight.any() for weight in trained.values())

@@ -14,7 +14,8 @@ from hf_attentiondrop import AttentionDropConfig
 from .recipe_runs import NO_EVALUATION, error_line, load, read_json
 
 
-QUICK = ["--max_steps", "1", "--consistency_weight", "0", "--num_hidden_layers", "1", *NO_EVALUATION]
+FINE_TUNING = ["--max_steps", "1", "--consistency_weight", "0", *NO_EVALUATION]
+QUICK = ["--num_hidden_layers", "1", *FINE_TUNING]
 HARD = {"variant": "hard", "p": 0.2, "k": 3}
 
 
@@ -107,13 +108,40 @@ DROPOUT = {
 }
 
 
+def test_sizes_of_a_model_from_scratch_are_an_error_for_a_checkpoint(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"hidden_size": 32, "num_hidden_layers": 2}))
+    model = ["--model_name_or_path", tmp_path / "missing", "--output_dir", tmp_path / "out"]
+    line = error_line(recipe, capfd, *model, "--hidden_size", 32, "--num_attention_heads", 2)
+    assert "--hidden_size and --num_attention_heads would have no effect with --model_name_or_path" in line
+    # A file for a model from scratch does not stand in the way of a model on the command line.
+    assert "expected an existing path" in error_line(recipe, capfd, "--config", file, *model)
+    file.write_text(yaml.safe_dump({"hidden_size": 32, "model_name_or_path": str(tmp_path / "missing")}))
+    assert "--hidden_size would have no effect" in error_line(recipe, capfd, "--config", file, *model[2:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_consistency_term_without_it_are_an_error(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--consistency_warmup_steps", "5", "--consistency_divergence", "js", "--output_dir", tmp_path / "out"]
+    line = error_line(recipe, capfd, *flags)
+    expected = (
+        "--consistency_divergence js and --consistency_warmup_steps would have no effect without --consistency_weight"
+    )
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_of_the_model_is_set_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     recipe = load(name, monkeypatch)
     first, second = tmp_path / "first", tmp_path / "second"
-    quick = ["--max_steps", "1", "--consistency_weight", "0", *NO_EVALUATION]
-    quick += ["--num_layers" if name == "translation" else "--num_hidden_layers", "1", "--attn_implementation", "sdpa"]
-    flags = ["--dropout", "0.25", "--attention_dropout", "0", "--dropconnect", "0.125"]
+    quick = [*FINE_TUNING, "--attn_implementation", "sdpa"]
+    flags = ["--num_layers" if name == "translation" else "--num_hidden_layers", "1"]
+    flags += ["--dropout", "0.25", "--attention_dropout", "0", "--dropconnect", "0.125"]
     recipe.main([*quick, *flags, "--output_dir", str(first)])
     metrics, config = read_json(first / "metrics.json"), read_json(first / "config.json")
     assert {field: metrics["dropout"][field] for field in DROPOUT[name]} == DROPOUT[name]
@@ -179,7 +207,7 @@ def test_default_length_is_capped_at_the_limit_of_the_model(
     recipe = load(name, monkeypatch)
     first, second = tmp_path / "first", tmp_path / "second"
     recipe.main([*QUICK, f"--{flag}", str(longest), "--output_dir", str(first)])
-    flags = [*QUICK, "--model_name_or_path", str(first)]
+    flags = [*FINE_TUNING, "--model_name_or_path", str(first)]
     capfd.readouterr()
     recipe.main([*flags, "--output_dir", str(second)])
     assert f"note: --{flag} is {longest}, the most tokens that the model takes, and not {default}" in (

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.xdist_group("text_classification")
 CLASSES = ["fruit", "tool"]
 WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "tool": ["hammer", "saw", "drill", "file"]}
 # Without the consistency term, which most tests do not need, steps are cheaper.
-QUICK = ["--max_steps", "2", "--max_eval_samples", "16", "--consistency_weight", "0", "--num_hidden_layers", "1"]
+FINE_TUNING = ["--max_steps", "2", "--max_eval_samples", "16", "--consistency_weight", "0"]
+QUICK = ["--num_hidden_layers", "1", *FINE_TUNING]
 COLUMNS = ["--text_column", "note", "--label_column", "kind"]
 
 
@@ -178,7 +179,7 @@ def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkp
     first, second = checkpoint, tmp_path / "second"
     file = write(tmp_path / "train.csv", rows())
     flags = ["--model_name_or_path", str(first), "--train_file", str(file), *COLUMNS, "--max_length", "32"]
-    recipe.main([*flags, *QUICK, *NO_EVALUATION, "--learning_rate", "0", "--output_dir", str(second)])
+    recipe.main([*flags, *FINE_TUNING, *NO_EVALUATION, "--learning_rate", "0", "--output_dir", str(second)])
     before, after = (AutoModelForSequenceClassification.from_pretrained(folder) for folder in (first, second))
     weights = after.bert.state_dict()
     assert after.num_labels == 2 < before.num_labels

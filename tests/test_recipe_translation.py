@@ -17,7 +17,8 @@ from .recipe_runs import NO_EVALUATION, error_line, load, run_program
 
 
 pytestmark = pytest.mark.xdist_group("translation")
-QUICK = ["--max_steps", "2", "--max_eval_samples", "4", "--num_layers", "1", "--max_length", "12"]
+FINE_TUNING = ["--max_steps", "2", "--max_eval_samples", "4", "--max_length", "12"]
+QUICK = ["--num_layers", "1", *FINE_TUNING]
 PAIRS = [(f"{number} cats", f"{number} Katzen") for number in range(2, 32)]
 
 
@@ -130,7 +131,7 @@ def test_repeated_source_is_not_held_out(recipe: ModuleType, tmp_path: Path) -> 
 
 
 def test_model_folder_is_fine_tuned(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
-    flags = ["--model_name_or_path", str(checkpoint), *write_table(tmp_path, "train", PAIRS, "csv"), *QUICK]
+    flags = ["--model_name_or_path", str(checkpoint), *write_table(tmp_path, "train", PAIRS, "csv"), *FINE_TUNING]
     recipe.main([*flags, *NO_EVALUATION, "--learning_rate", "0", "--output_dir", str(tmp_path / "out")])
     before, after = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (checkpoint, tmp_path / "out"))
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
@@ -155,7 +156,7 @@ def test_scores_are_those_of_sacrebleu(recipe: ModuleType) -> None:
 
 def test_evaluation_without_translating_gives_the_loss(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--model_name_or_path", str(checkpoint), "--do_train", "false", "--predict_with_generate", "false"]
-    recipe.main([*flags, *QUICK, "--output_dir", str(tmp_path)])
+    recipe.main([*flags, *FINE_TUNING, "--output_dir", str(tmp_path)])
     metrics = read(tmp_path)
     assert metrics["eval_loss"] > 0 and "eval_bleu" not in metrics
 

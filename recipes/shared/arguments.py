@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,20 @@ class ModelArguments:
     """The model to train, its attention and its dropout."""
 
     _argument_group_name = "model"
+    # The sizes of the recipes' models from scratch.
+    _excluded: ClassVar = {
+        "model_name_or_path": (
+            "vocab_size",
+            "image_size",
+            "patch_size",
+            "hidden_size",
+            "d_model",
+            "num_hidden_layers",
+            "num_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+    }
 
     model_name_or_path: str | None = field(
         default=None,
@@ -79,6 +93,14 @@ class RunArguments:
     """Mixin for Transformers' training arguments: the defaults and flags that the recipes change."""
 
     _argument_group_name = "training"
+    _needing: ClassVar = {
+        "consistency_weight": (
+            "consistency_divergence",
+            "consistency_warmup_steps",
+            "consistency_fraction",
+            "consistency_interval",
+        )
+    }
 
     do_train: bool = field(default=True, metadata={"help": "Train the model; false only evaluates it."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})

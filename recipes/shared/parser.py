@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,8 @@ class RecipeParser(HfArgumentParser):
     Args:
         description (`str`): text for `--help`, usually the recipe's docstring.
         dataclass_types (`Sequence[type]`):
-            Dataclasses whose fields become flags. `_needing` of one names flags that have an effect only with another.
+            Dataclasses whose fields become flags. `_needing` of one names flags that have an effect only with another,
+            `_excluded` those that have one only without it.
     """
 
     def __init__(self, description: str, dataclass_types: Sequence[type]) -> None:
@@ -89,7 +90,7 @@ class RecipeParser(HfArgumentParser):
         self.given = {*from_file, *typed_values}
         self.set_defaults(**defaults(self._read(flags)))
         self.values = self._read(flags)
-        self._check_needed()
+        self._check_effects(typed_values)
         with self.exiting_on_bad_input():
             attention = attention_options(self.values)
             arguments = self.parse_dict(self.values, allow_extra_keys=True)
@@ -158,15 +159,22 @@ class RecipeParser(HfArgumentParser):
         except KeyboardInterrupt:
             self.stop(130, "interrupted before the training; nothing was written.")
 
-    def _check_needed(self) -> None:
-        """Flags without effect are an error, unless the flag that they need is switched off on purpose."""
+    def _check_effects(self, typed: Collection[str]) -> None:
+        """Flags without effect are an error, unless the flag that decides about them was set on purpose."""
         for kind in self.dataclass_types:
-            for needed, names in getattr(kind, "_needing", {}).items():
-                # The file of a run has defaults, too.
-                changed = [name for name in names if self.values[name] != self.get_default(name)]
-                if changed and not self.values[needed] and needed not in self.given:
-                    shown = " and ".join(_shown(name, self.values[name]) for name in changed)
-                    self.error(f"{shown} would have no effect without --{needed}. Add it, or leave the others out.")
+            for other, names in getattr(kind, "_needing", {}).items():
+                changed = self._changed(names)
+                if changed and not self.values[other] and other not in self.given:
+                    self.error(f"{changed} would have no effect without --{other}. Add it, or leave the others out.")
+            for other, names in getattr(kind, "_excluded", {}).items():
+                changed = self._changed(name for name in names if name in typed or other not in typed)
+                if changed and self.values[other]:
+                    self.error(f"{changed} would have no effect with --{other}. Leave it out, or the others.")
+
+    def _changed(self, names: Iterable[str]) -> str:
+        """The flags whose values are not the defaults, which the file of a run has, too."""
+        changed = [name for name in names if name in self.values and self.values[name] != self.get_default(name)]
+        return " and ".join(_shown(name, self.values[name]) for name in changed)
 
     def _given(self, flags: Iterable[str]) -> dict[str, Any]:
         """The values that the flags set, without defaults."""
