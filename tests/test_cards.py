@@ -38,6 +38,23 @@ def test_a_card_shows_the_metrics_and_plots_that_it_is_given(tmp_path: Path) -> 
         trainer.create_model_card(plots=["/elsewhere/a.png"])
 
 
+def test_a_card_counts_the_samples_that_were_evaluated(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path)
+    trainer.evaluate(trainer.train_dataset)
+    assert tables(card_of(trainer).text)["Evaluation"] == ["4"]
+    trainer.evaluate()
+    assert tables(card_of(trainer).text)["Evaluation"] == ["3"]
+
+
+def test_a_card_shows_the_evaluations_of_several_data_sets(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path)
+    trainer.eval_dataset = {"clean": trainer.train_dataset, "noisy": trainer.train_dataset[:2]}
+    measured = trainer.evaluate()
+    shown = tables(card_of(trainer).text)
+    assert shown["Clean loss"] == [f"{measured['eval_clean_loss']:.4g}"] and "Noisy loss" in shown
+    assert "Noisy runtime" not in shown and "Evaluation" not in shown
+
+
 def test_a_recipe_that_overwrites_a_folder_shows_its_own_metrics_and_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

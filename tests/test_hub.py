@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,13 @@ def test_model_index_needs_a_data_set_of_the_hub(tmp_path: Path) -> None:
     result = card.data.eval_results[0]
     assert result.unique_identifier == ("text-classification", "me/mine", "small", "test", None)
     assert "https://huggingface.co/datasets/me/mine" in card.text
+    assert not (tmp_path / ".eval_results").exists()
+
+    # Neither may read as if all of the split had been evaluated.
+    part = replace(known, data=replace(known.data, subset=50, benchmark_task="easy"))
+    card = ModelCard.load(write_card(part, tmp_path))
+    assert card.data.eval_results[0].dataset_args == {"random_subset": 50}
+    assert "evaluated on the split `test`, a random subset of 50 samples" in card.text
     assert not (tmp_path / ".eval_results").exists()
 
     unknown = build_card(content(metrics=MEASURED, task="text-classification", data=Data("Mine")))

@@ -254,6 +254,13 @@ def test_the_lora_preset_drops_columns_of_keys_and_keeps_two_passes_consistent(
     assert (tmp_path / "whole" / "model.safetensors").exists()
 
 
+def test_adapters_of_all_linear_layers(recipe: ModuleType, checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    adapted = recipe.add_adapters(model, recipe.LoraArguments(use_peft=True, lora_target_modules=["all-linear"]))
+    names = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert names == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
 def test_resumed_lora_run_equals_uninterrupted_run(recipe: ModuleType, checkpoint: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "train.txt", TEXTS)
     flags = ["--model_name_or_path", checkpoint, "--train_file", file, "--block_size", "16", "--use_peft"]

@@ -290,6 +290,16 @@ def test_unusable_test_data_and_draws_are_errors(
         ),
         (
             "text_classification",
+            [*data, "--validation_fraction", 7],
+            "--validation_fraction: expected a share in (0, 1), got 7.0.",
+        ),
+        (
+            "text_classification",
+            [*data, "--validation_file", good, "--validation_fraction", 0.1],
+            "--validation_fraction would have no effect: there are validation data.",
+        ),
+        (
+            "text_classification",
             [*data, "--train_samples", 33],
             "--train_samples: expected a number from 2, one sample per class, to",
         ),

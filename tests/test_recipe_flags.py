@@ -87,6 +87,25 @@ def test_file_settings_apply_only_to_the_method_of_the_file(
         assert f"do not apply: {left_out}. " in notes[0] and str(file) in notes[0]
 
 
+def test_do_eval_is_about_the_end_of_the_training(recipe: ModuleType) -> None:
+    *_, training, _ = recipe.RecipeParser("", argument_types(recipe)).parse(["--do_eval", "false"], recipe.defaults)
+    assert (training.do_eval, training.eval_strategy) == (False, "epoch")
+
+
+def test_a_file_holds_yaml_for_every_argument(
+    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("eval_strategy: no\nlr_scheduler_kwargs: {min_lr: 1.0e-5}\np: {from: 1.0e-5, to: 0.5}\n")
+    parser = recipe.RecipeParser("", argument_types(recipe))
+    *_, training, attention = parser.parse(["--config", str(file)], recipe.defaults)
+    assert (training.eval_strategy, training.lr_scheduler_kwargs) == ("no", {"min_lr": 1e-5})
+    assert attention["attention_drop"] == AttentionDropConfig(p={"from": 1e-5, "to": 0.5})
+    file.write_text("p: 0.1\np: 0.2\n")
+    assert "cannot be read: expected YAML, " in (line := error_line(recipe, capfd, "--config", file))
+    assert "'p' is there twice" in line
+
+
 def test_a_passed_default_of_transformers_is_recorded(recipe: ModuleType, tmp_path: Path) -> None:
     from shared.output import RUN_FILE, write_record
 
@@ -128,10 +147,15 @@ def test_settings_of_the_consistency_term_without_it_are_an_error(
 ) -> None:
     flags = ["--consistency_warmup_steps", "5", "--consistency_divergence", "js", "--output_dir", tmp_path / "out"]
     line = error_line(recipe, capfd, *flags)
-    expected = (
-        "--consistency_divergence js and --consistency_warmup_steps would have no effect without --consistency_weight"
-    )
-    assert expected in line
+    assert "--consistency_divergence js and --consistency_warmup_steps would have no effect" in line
+    # The file of a run has the weight that was not used; only a flag turns the term off on purpose.
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"consistency_weight": 0.0, "consistency_divergence": "symmetric_kl"}))
+    assert "without --consistency_weight" in error_line(recipe, capfd, "--config", file, *flags)
+    file.write_text(yaml.safe_dump({"consistency_weight": 0.5, "consistency_warmup_steps": 5}))
+    parser = recipe.RecipeParser("", argument_types(recipe))
+    *_, training, _ = parser.parse(["--config", str(file), "--consistency_weight", "0"], recipe.defaults)
+    assert (training.consistency_weight, training.consistency_warmup_steps) == (0, 5)
     assert not (tmp_path / "out").exists()
 
 

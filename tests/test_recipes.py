@@ -38,6 +38,10 @@ BAD_INPUT = {
     "bad training argument": (["--eval_strategy", "sometimes"], "sometimes is not a valid IntervalStrategy"),
     "missing configuration": (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
     "missing model": (["--model_name_or_path", "./nowhere"], "--model_name_or_path: expected an existing path"),
+    "checkpoint without training": (
+        ["--resume_from_checkpoint", "--do_train", "false"],
+        "--do_train false leaves it out: the checkpoint would not be loaded",
+    ),
     "missing checkpoint": (["--resume_from_checkpoint"], "expected a folder with a complete checkpoint"),
     "unknown attention": (["--attn_implementation", "attentiondorp"], "attentiondorp"),
     "base attention with other masks": (["--base_attention", "eager"], "cannot compute the base attention"),

@@ -207,6 +207,13 @@ def test_the_weight_warms_up_linearly(tmp_path: Any) -> None:
     assert weights == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0], abs=1e-5)
 
 
+def test_logged_components_are_of_this_training(tmp_path: Any) -> None:
+    trainer, _ = train("classification", tmp_path, max_steps=3, logging_steps=2, consistency_weight=1e-9)
+    trainer.train()
+    logs = first_logs(trainer)
+    assert logs["task_loss"] == pytest.approx(logs["loss"], rel=1e-5)
+
+
 def test_logged_components_are_means_over_the_steps_since_the_last_log(tmp_path: Any) -> None:
     each, _ = train("causal_lm", tmp_path, 2, 2, max_steps=5)
     pairs, _ = train("causal_lm", tmp_path, 2, 2, max_steps=5, logging_steps=2)

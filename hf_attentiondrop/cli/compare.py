@@ -201,7 +201,7 @@ def _terminating() -> Iterator[None]:
 def _command(arguments: argparse.Namespace) -> str:
     """The command that repeats the study, without what concerns this machine, such as the password of a database."""
     given = [arguments.study] if arguments.study else ["--preset", arguments.preset]
-    for name in ("seeds", "output_dir"):
+    for name in ("seeds", "script", "output_dir"):
         value = getattr(arguments, name)
         given += [f"--{name}", str(value)] if value else []
     return shlex.join(["hf-attentiondrop", "compare", *given])

@@ -22,7 +22,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"expected a YAML file with a study, there is no file {str(path)!r}.")
+        raise ValueError(f"expected a YAML file, there is no file {str(path)!r}.")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,6 +1,7 @@
 """The script of a study: where it is, and which arguments it takes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,8 @@ class Script:
                 text=True,
                 stdin=subprocess.DEVNULL,
                 timeout=HELP_TIMEOUT,
+                # A long text of help would be wrapped, and a flag that it mentions could begin a line.
+                env={**os.environ, "COLUMNS": "10000"},
             )
         except subprocess.TimeoutExpired as error:
             raise ValueError(

@@ -59,6 +59,11 @@ class DiagnosticsCallback(TrainerCallback):
         self.every, self.with_gradients = every, with_gradients
         self.norms: list[float] = []
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.norms.clear()  # Of an earlier training.
+
     def on_log(
         self,
         args: TrainingArguments,

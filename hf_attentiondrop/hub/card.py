@@ -160,6 +160,7 @@ def _eval_results(content: CardContent, metrics: Mapping[str, float]) -> list[Ev
             dataset_name=data.name or data.repo_id,
             dataset_config=data.config,
             dataset_split=data.split,
+            dataset_args={"random_subset": data.subset} if data.subset else None,
             metric_type=HUB_METRICS[name],
             metric_name=title_of(name),
             metric_value=value,
@@ -170,10 +171,10 @@ def _eval_results(content: CardContent, metrics: Mapping[str, float]) -> list[Ev
 
 
 def _benchmark_entry(content: CardContent) -> EvalResultEntry | None:
-    """The first metric that the Hub knows, as an entry for the benchmark of the data set."""
+    """The first metric that the Hub knows, as an entry for the benchmark of the data set, which is all of a split."""
     data, metrics = content.data, evaluation_metrics(content.metrics)
     name = next((name for name in HUB_METRICS if name in metrics), None)
-    if not (data.repo_id and data.benchmark_task and name):
+    if data.subset or not (data.repo_id and data.benchmark_task and name):
         return None
     notes = ", ".join(filter(None, (title_of(name), data.split and f"split {data.split}")))
     return EvalResultEntry(data.repo_id, data.benchmark_task, metrics[name], notes=notes)
@@ -184,13 +185,14 @@ def _describe_data(data: Data) -> str:
         return ""
     name = _cell(data.name or data.repo_id)
     name = f"[{name}](https://huggingface.co/datasets/{data.repo_id})" if data.repo_id else name
-    details = {
-        "configuration": data.config,
-        "evaluated on the split": data.split,
-        "tested on the split": data.test_split,
-    }
-    described = [name, *(f"{title} `{value}`" for title, value in details.items() if value)]
-    return ", ".join([*described, f"a random subset of {data.subset} samples"] if data.subset else described)
+    described = [
+        name,
+        data.config and f"configuration `{data.config}`",
+        data.split and f"evaluated on the split `{data.split}`",
+        f"a random subset of {data.subset} samples" if data.subset else None,
+        data.test_split and f"tested on the split `{data.test_split}`",
+    ]
+    return ", ".join(filter(None, described))
 
 
 def _table(header: tuple[str, str], values: Mapping[str, Any], quote: bool = False) -> Table:

@@ -52,6 +52,7 @@ def describe_run(
     dataset_args: str | None = None,
     dataset_split: str | None = None,
     dataset_test_split: str | None = None,
+    dataset_subset: int | None = None,
     benchmark_task: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     plots: Iterable[str | Path] = (),
@@ -69,6 +70,7 @@ def describe_run(
         dataset (`str`, *optional*): the data in words.
         dataset_tags, dataset_args (`str`, *optional*): its id on the Hub, and its configuration.
         dataset_split, dataset_test_split (`str`, *optional*): the splits of the evaluation and of a final test.
+        dataset_subset (`int`, *optional*): the size of the random subset of the split, if it was not all evaluated.
         benchmark_task (`str`, *optional*): the task of the benchmark that the data set is.
         metrics (`Mapping[str, Any]`, *optional*):
             See [`CardContent`]; by default those that the Trainer logged last of the model as it is.
@@ -87,7 +89,9 @@ def describe_run(
         _measured_by(trainer) if metrics is None else metrics,
         name=model_name or (named or folder.resolve().name).split("/")[-1],
         processor=trainer.processing_class,
-        data=Data(dataset, dataset_tags, dataset_args, dataset_split, benchmark_task, dataset_test_split),
+        data=Data(
+            dataset, dataset_tags, dataset_args, dataset_split, benchmark_task, dataset_test_split, dataset_subset
+        ),
         base_model=finetuned_from,
         task=tasks,
         plots=plots,
@@ -191,23 +195,29 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def count_samples(rows: Any) -> int | None:
+    """The number of samples of a data set; `None` if it is a mapping or the name of one, or has no length."""
+    return len(rows) if hasattr(rows, "__len__") and not isinstance(rows, Mapping | str) else None
+
+
 def _measured_by(trainer: Trainer) -> Mapping[str, Any]:
-    data = {"train_samples": trainer.train_dataset, "eval_samples": trainer.eval_dataset}
-    samples = {name: len(rows) for name, rows in data.items() if hasattr(rows, "__len__")}
-    return samples | _last_evaluation(trainer.state, trainer.args.load_best_model_at_end)
+    evaluated = getattr(trainer, "evaluated_samples", count_samples(trainer.eval_dataset))
+    samples = {"train_samples": count_samples(trainer.train_dataset), "eval_samples": evaluated}
+    known = {name: count for name, count in samples.items() if count is not None}
+    return known | _last_evaluation(trainer.state, trainer.args.load_best_model_at_end)
 
 
 def _last_evaluation(state: TrainerState, is_best_loaded: bool) -> dict[str, Any]:
-    """The last logged evaluation of the weights that the Trainer ended with. One of earlier weights does not count."""
+    """The last logged evaluation of the weights that the Trainer ended with, on each of several data sets. One of
+    earlier weights does not count."""
     history = state.log_history
     end = next((position for position, entry in enumerate(history) if "train_runtime" in entry), len(history))
     step = state.best_global_step if is_best_loaded and state.best_global_step else state.global_step
-    evaluations = [
-        entry
-        for position, entry in enumerate(history)
-        if any(name.startswith("eval_") for name in entry) and (position > end or entry.get("step") == step)
-    ]
-    return evaluations[-1] if evaluations else {}
+    evaluation: dict[str, Any] = {}
+    for position, entry in enumerate(history):
+        if any(name.startswith("eval_") for name in entry) and (position > end or entry.get("step") == step):
+            evaluation |= entry
+    return evaluation
 
 
 def _path_from(folder: Path, plot: str | Path) -> str:

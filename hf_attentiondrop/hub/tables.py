@@ -67,7 +67,7 @@ def evaluation_metrics(metrics: Mapping[str, Any], prefix: str = "eval") -> dict
     return {
         name: value
         for name, value in found.items()
-        if is_number(value) and name not in NOT_METRICS and not name.endswith("_per_second")
+        if is_number(value) and name not in NOT_METRICS and not name.endswith(("_per_second", "_runtime"))
     }
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status
 
 from .card import CARD_FILE, write_card
-from .run import describe_run
+from .run import count_samples, describe_run
 
 
 # The error of the HTTP client, httpx or httpx2 depending on the release of huggingface_hub: the base of its own error.
@@ -40,8 +40,16 @@ else:
 class ModelCardMixin(TrainerBase):
     """Replaces the model card of a [`~transformers.Trainer`] class; list it before that class among the bases.
 
-    Overrides `create_model_card`, and wraps `push_to_hub` and `init_hf_repo`.
+    Overrides `create_model_card`, and wraps `evaluate`, `push_to_hub` and `init_hf_repo`.
     """
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates the model, and remembers for the card on how many samples. See
+        [`~transformers.Trainer.evaluate`]."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        # After those of the parts of a mapping, each of which is evaluated by a call of its own.
+        self.evaluated_samples = count_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return metrics
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Writes README.md to the output folder.
@@ -49,7 +57,7 @@ class ModelCardMixin(TrainerBase):
         Args:
             kwargs:
                 See [`describe_run`]: the arguments of [`~transformers.Trainer.create_model_card`], `dataset_split`,
-                `dataset_test_split`, `benchmark_task`, `metrics` and `plots`.
+                `dataset_test_split`, `dataset_subset`, `benchmark_task`, `metrics` and `plots`.
         """
         if self.is_world_process_zero():
             write_card(describe_run(self, **kwargs), self.args.output_dir)

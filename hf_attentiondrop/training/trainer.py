@@ -46,7 +46,7 @@ class ConsistencyTrainerMixin(TrainerBase):
     micro-batch is weighted by its share of the items. `task_loss`, and `consistency_loss` as a mean over the steps
     with the term, are logged along with `loss`.
 
-    Overrides `training_step`, `compute_loss`, `get_batch_samples` and `log`.
+    Overrides `train`, `training_step`, `compute_loss`, `get_batch_samples` and `log`.
 
     Args:
         args, kwargs:
@@ -90,6 +90,11 @@ class ConsistencyTrainerMixin(TrainerBase):
             check_trainer(self, self._alignment)
         if self.args.consistency_shared_trunk:
             self._trunk = SharedTrunk(self._core_model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains the model. See [`~transformers.Trainer.train`]."""
+        self._component_sums = None  # An earlier training may have ended between two logs.
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,

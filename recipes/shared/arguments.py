@@ -137,7 +137,10 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        do_eval = self.do_eval
         super().__post_init__()
+        # Transformers turns it on if it evaluates during training; here it says whether to evaluate at the end.
+        self.do_eval = do_eval
 
 
 def check_at_least_one(arguments: Any, *names: str) -> None:

@@ -66,6 +66,8 @@ class DatasetArguments:
         check_at_least_one(self, "max_train_samples", "max_eval_samples", "train_samples")
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"--test_fraction: expected a share in [0, 1), got {self.test_fraction}.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction: expected a share in (0, 1), got {self.validation_fraction}.")
 
 
 def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
@@ -188,13 +190,15 @@ def hold_out(data: DatasetDict, arguments: DatasetArguments, stratify_by_column:
     of training and validation samples.
 
     Raises:
-        ValueError: if there are test data already, or too few rows of a class to hold some out.
+        ValueError: if there are such data already, or too few rows of a class to hold some out.
     """
     fractions = {"test": arguments.test_fraction} if arguments.test_fraction else {}
     if fractions and "test" in data:
         raise ValueError("--test_fraction: expected no other test data, another flag names some: give one of them.")
     if "validation" not in data:
         fractions["validation"] = arguments.validation_fraction
+    elif arguments.validation_fraction != DatasetArguments.validation_fraction:
+        raise ValueError("--validation_fraction would have no effect: there are validation data. Leave it out.")
     splits = dict(data)
     for split, fraction in fractions.items():
         parts = splits["train"].train_test_split(fraction, seed=SPLIT_SEED, stratify_by_column=stratify_by_column)

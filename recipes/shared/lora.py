@@ -24,7 +24,9 @@ class LoraArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout probability of the inputs of the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the modules to adapt; by default those that PEFT chooses for the model."},
+        metadata={
+            "help": "Names of the modules to adapt, or all-linear; by default those that PEFT chooses for the model."
+        },
     )
 
 
@@ -54,12 +56,14 @@ def check_base(arguments: ModelArguments, attention: dict[str, Any]) -> None:
 
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
     """Freezes the model and adds LoRA adapters; learned attention weights are trained with them."""
+    modules = arguments.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
+        # PEFT knows this name as a text only.
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         modules_to_save=["reweighting"] if model.config.attention_reweighting else None,
     )
     return get_peft_model(model, config)

@@ -43,8 +43,8 @@ def check_output_dir(arguments: TrainingArguments) -> str | None:
 
     Raises:
         ValueError:
-            If the checkpoint is missing, if the folder is not empty and the run does not resume in it, or if a model
-            is to be uploaded that is not saved.
+            If the checkpoint is missing or would not be used, if the folder is not empty and the run does not resume
+            in it, or if a model is to be uploaded that is not saved.
     """
     folder = Path(arguments.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -52,6 +52,11 @@ def check_output_dir(arguments: TrainingArguments) -> str | None:
     if arguments.push_to_hub and not arguments.save_model:
         raise ValueError(
             "--push_to_hub uploads the trained model, which --save_model false would not write. Leave out one of them."
+        )
+    if arguments.resume_from_checkpoint is not None and not arguments.do_train:
+        raise ValueError(
+            "--resume_from_checkpoint continues a training, and --do_train false leaves it out: the checkpoint would "
+            "not be loaded. Name its folder with --model_name_or_path to evaluate it."
         )
     checkpoint = find_checkpoint(arguments)
     is_continued = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
@@ -119,7 +124,7 @@ def finish(
     metrics["dropout"] = dropout_of(trainer.model.config)
     if (p := hf_attentiondrop.dropconnect_of(trainer.model)) is not None:
         metrics["dropconnect"] = p
-    card = describe_data(parser.values, data)
+    card = describe_data(parser.values, data, metrics)
     sample = None
     if evaluation is not None or attention:
         # Every process, because a sharded model runs only if all processes run it.
@@ -129,31 +134,37 @@ def finish(
         card |= {"metrics": metrics, "plots": plots}
         write_record(parser, folder, metrics)
         trainer.create_model_card(**card)
-        print_results(title, results, folder)
+        has_model = trainer.args.do_train and trainer.args.save_model
+        print_results(title, results, folder, has_model)
     if trainer.args.push_to_hub:
         with parser.exiting_on_bad_input():
             trainer.push_to_hub(**card)
 
 
-def describe_data(values: Mapping[str, Any], built_in: str) -> dict[str, Any]:
-    """The data in the model card: its id on the Hub, or a description."""
-    name = values["dataset_name"]
+def describe_data(values: Mapping[str, Any], built_in: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The data in the model card: its id on the Hub, or a description; evaluation and test data if they were used."""
+    name, subset = values["dataset_name"], values["max_eval_samples"]
+    # A limit above the number of samples is none.
+    has_subset = values["do_eval"] and subset is not None and metrics["eval_samples"] == subset
     if name is not None and not Path(name).exists():
         return {
             "dataset_tags": name,
             "dataset_args": values["dataset_config_name"],
-            "dataset_split": values["validation_split"],
-            "dataset_test_split": values["test_split"],
+            "dataset_split": values["validation_split"] if values["do_eval"] else None,
+            "dataset_subset": subset if has_subset else None,
+            "dataset_test_split": values["test_split"] if values["do_predict"] else None,
         }
     # Only the last part of a path: the rest is specific to the machine.
     train, validation, test = (
         Path(local).resolve().name if local else None
         for local in (
             name or values.get("train_file") or values.get("train_dir"),
-            values.get("validation_file") or values.get("validation_dir"),
-            values.get("test_file") or values.get("test_dir"),
+            values["do_eval"] and (values.get("validation_file") or values.get("validation_dir")),
+            values["do_predict"] and (values.get("test_file") or values.get("test_dir")),
         )
     )
+    if has_subset:
+        validation = f"a random subset of {subset} {f'samples of {validation}' if validation else 'held-out samples'}"
     parts = [train or built_in, validation and f"evaluated on {validation}", test and f"tested on {test}"]
     return {"dataset": ", ".join(filter(None, parts))}
 
@@ -172,11 +183,11 @@ def describe_attention(model: PreTrainedModel) -> str:
     return ", ".join(parts) or f"not perturbed ({model.config._attn_implementation})"
 
 
-def print_results(title: str, results: Mapping[str, str], folder: str) -> None:
-    """Prints a table of the results and of the files that the run wrote."""
+def print_results(title: str, results: Mapping[str, str], folder: str, has_model: bool) -> None:
+    """Prints a table of the results and of the files that the run wrote, perhaps a model among them."""
+    models = {"model": Path(folder, SAFE_WEIGHTS_NAME), "adapter": Path(folder, ADAPTER_SAFE_WEIGHTS_NAME)}
     written = {
-        "model": Path(folder, SAFE_WEIGHTS_NAME),
-        "adapter": Path(folder, ADAPTER_SAFE_WEIGHTS_NAME),
+        **(models if has_model else {}),
         "metrics": Path(folder, METRICS_FILE),
         "arguments": Path(folder, RUN_FILE),
         "report": Path(folder, CARD_FILE),

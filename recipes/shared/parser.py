@@ -2,18 +2,19 @@
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from hf_attentiondrop.compare.parsing import read_yaml
 from hf_attentiondrop.evaluation.hub_access import offline_if_cut_off
 from hf_attentiondrop.integration.config_entries import to_entry
 
@@ -163,8 +164,10 @@ class RecipeParser(HfArgumentParser):
         """Flags without effect are an error, unless the flag that decides about them was set on purpose."""
         for kind in self.dataclass_types:
             for other, names in getattr(kind, "_needing", {}).items():
-                changed = self._changed(names)
-                if changed and not self.values[other] and other not in self.given:
+                changed = self._changed(
+                    name for name in names if other not in (typed if name in typed else self.given)
+                )
+                if changed and not self.values[other]:
                     self.error(f"{changed} would have no effect without --{other}. Add it, or leave the others out.")
             for other, names in getattr(kind, "_excluded", {}).items():
                 changed = self._changed(name for name in names if name in typed or other not in typed)
@@ -197,8 +200,8 @@ class RecipeParser(HfArgumentParser):
         if path is None:
             return {}
         try:
-            contents = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            contents = read_yaml(path)
+        except (OSError, ValueError) as error:
             self.error(f"--config {path} cannot be read: {error}")
         if not isinstance(contents, dict):
             self.error(f"--config {path} must hold `argument: value` lines, got {type(contents).__name__}.")
@@ -207,8 +210,12 @@ class RecipeParser(HfArgumentParser):
         for name, value in contents.items():
             if name not in known:
                 self.error(f"unknown key {name!r} in --config {path}.{_suggestion(str(name), known)}")
-            if isinstance(value, dict) or (isinstance(value, list) and name in YAML_FLAGS):
+            if value is False and name.endswith("_strategy"):
+                value = "no"  # As YAML reads it without quotes.
+            if name in YAML_FLAGS and isinstance(value, dict | list):
                 flags[name] = [f"--{name}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()}"]
+            elif isinstance(value, dict):
+                flags[name] = [f"--{name}={json.dumps(value)}"]  # As Transformers reads it.
             elif isinstance(value, list):
                 flags[name] = [f"--{name}", *map(str, value)]
             elif value is not None:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import sqlite3
 import time
@@ -15,7 +18,7 @@ import yaml
 from hf_attentiondrop.cli import main
 from hf_attentiondrop.compare.results import RESULTS_FILE, Run, read_runs
 
-from .studies import SEARCH, lines, outcomes, wait_for, write_study
+from .studies import SEARCH, TINY, lines, outcomes, wait_for, write_study
 
 
 def run_study(study: Path, folder: Path, *flags: Any) -> list[dict[str, Any]]:
@@ -46,6 +49,16 @@ def test_a_study_ends_in_a_report(tmp_path: Path, starts: Path, capsys: pytest.C
     assert len(lines(starts)) == 6
     (tmp_path / "out" / "study.db").unlink()
     run_study(study, tmp_path / "out", "--report_only")
+    assert (tmp_path / "out" / "report.md").read_text() == report
+
+
+def test_the_report_names_the_command_with_another_script(tmp_path: Path, starts: Path) -> None:
+    other = Path(shutil.copy(TINY, tmp_path / "other.py"))
+    run_study(write_study(tmp_path, seeds=1), tmp_path / "out", "--script", str(other))
+    report = (tmp_path / "out" / "report.md").read_text()
+    [command] = re.findall("hf-attentiondrop (compare .*--report_only)", report)
+    assert f"--script {other}" in command
+    assert main(shlex.split(command)) == 0
     assert (tmp_path / "out" / "report.md").read_text() == report
 
 

@@ -49,6 +49,14 @@ def test_a_script_without_what_a_run_needs(tmp_path: Path) -> None:
     assert Script.load(TINY).flags["x"] == Flag("--x", "X")
 
 
+def test_a_flag_that_a_help_text_mentions_is_not_its_definition(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    text = "word " * 10 + "--seed"  # Which argparse would begin a line with, if lines had 80 characters.
+    flags = f"p.add_argument('--epochs', help={text!r})\np.add_argument('--seed')\np.add_argument('--output_dir')"
+    path.write_text(f"import argparse\np = argparse.ArgumentParser()\n{flags}\np.parse_args()")
+    assert Script.load(path).command_line({"seed": 1}) == [str(path), "--seed", "1"]
+
+
 def test_a_script_is_found_next_to_the_study_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

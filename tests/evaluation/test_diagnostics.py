@@ -214,6 +214,13 @@ def test_callback_logs_and_does_not_change_the_training(tmp_path: Path) -> None:
     summary = next(logs for logs in history if "gradient_norm_variance" in logs)
     assert len(norms) == 4
     assert summary["gradient_norm_variance"] == pytest.approx(gradient_norms(norms).variance)
+    # A second training has norms of its own.
+    watched.train()
+    history = watched.state.log_history
+    norms = [logs["grad_norm"] for logs in history if "grad_norm" in logs]
+    summary = next(logs for logs in history if "gradient_norm_variance" in logs)
+    assert len(norms) == 4
+    assert summary["gradient_norm_variance"] == pytest.approx(gradient_norms(norms).variance)
 
 
 def test_pixels_have_the_dtype_of_the_model() -> None:
