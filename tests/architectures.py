@@ -326,9 +326,9 @@ _IMAGES_AUDIO_AND_PAIRS = """
 """
 # Models that ignore the interface, or use it in one part and misinterpret its masks in another.
 _UNSUPPORTED = """
-    big_bird bigbird_pegasus blip bloom canine convbert data2vec-vision deberta deberta-v2 falcon falcon_mamba
-    flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese groupvit ibert imagegpt led longformer luke
-    mamba megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
+    big_bird bigbird_pegasus blip bloom canine convbert data2vec-vision deberta deberta-v2 deepseek_v4 falcon
+    falcon_mamba flaubert flava fnet focalnet fsmt funnel git gpt_neox_japanese groupvit ibert imagegpt led longformer
+    luke mamba megatron-bert mpnet mpt mra mvp nllb-moe nystromformer openai-gpt pegasus_x prophetnet rembert
     resnet roformer sam_vision_model sew-d squeezebert table-transformer tapas vilt visual_bert vitdet wavlm xglm xlm
     xlnet yoso
 """

@@ -22,6 +22,8 @@ _REMEDY = (
     "RoBERTa, ViT, DeiT, BART, Marian, T5, Whisper, GPT-2, LLaMA, Mistral, Qwen, Gemma and many more. In a composite "
     f'model, name only the parts that can: attn_implementation={{"text_config": "{ATTENTION_DROP}"}}.'
 )
+# A mask that is continued with scores: -inf, for a hidden key, would be true in the boolean mask of SDPA.
+_CONTINUED_MASK = re.compile(r"cat\(\[attention_mask, \w+\.to\(attention_mask\.dtype\)")
 _CLASSES_BY_IMPLEMENTATION = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_implementation")
 
 
@@ -49,6 +51,13 @@ def check_class(model_class: type[PreTrainedModel], name: str) -> None:
             name,
             "selects its attention class by implementation name from a fixed list",
             "is unknown to it",
+        )
+    if not model_class._supports_sdpa and _CONTINUED_MASK.search(source):
+        raise _unsupported(
+            model_class,
+            name,
+            "continues the mask of its attention by scores, as eager attention takes them",
+            "would let it see hidden keys",
         )
 
 
