@@ -5,7 +5,7 @@
 - wraps the setter of `PreTrainedConfig._attn_implementation` and four methods of `PreTrainedModel`, `CHECKED_METHODS`.
 
 The wrappers do nothing for models that do not use this package. The first model that uses it and can generate also
-wraps `GenerationMixin.generate`, to add a warning.
+wraps `GenerationMixin.generate`, to add a warning, and that of Gemma 4 a method that asks for the name of SDPA.
 """
 
 import sys
@@ -33,6 +33,7 @@ from .implementations import (
     unknown_name,
     uses_any,
 )
+from .kv_sharing import keep_queries_as_sdpa
 from .support import check_class, check_modules
 from .switching import all_or_nothing, switch_remaining
 from .wrapping import wrapped
@@ -173,6 +174,7 @@ def _activate(model: PreTrainedModel) -> None:
     for part in _parts(model):
         if part.config._attn_implementation in FUNCTIONS:
             check_class(type(part), part.config._attn_implementation)
+            keep_queries_as_sdpa(type(part))
     running = [(module, module.config._attn_implementation) for module in place_running(model)]
     name = next(config._attn_implementation for config in configs if config._attn_implementation in FUNCTIONS)
     check_modules(model, [module for module, _ in running], name)
