@@ -128,6 +128,28 @@ def test_compile_and_gradient_checkpointing_together() -> None:
     assert {row.calls for row in report(model).rows} == {2}
 
 
+@pytest.mark.parametrize("part", ["model", "attention"])
+def test_a_repeated_forward_does_not_move_the_average_of_compiled_affine_scaling(part: str) -> None:
+    options = {"attn_implementation": "affine_scaled", "attention_reweighting": AffineScaledConfig(init="paper")}
+    model, batch = build("llama", dropout=False, num_hidden_layers=1, **options).train(), inputs("llama")
+    checkpointed = copy.deepcopy(model)
+    enable_checkpointing(checkpointed, use_reentrant=False)
+    compiled: Any = checkpointed
+    if part == "model":
+        compiled = torch.compile(checkpointed, backend="aot_eager")
+    else:
+        checkpointed.model.layers[0].self_attn.compile(backend="aot_eager")
+    for _ in range(2):
+        gradients = []
+        for run, parameters in ((model, model), (compiled, checkpointed)):
+            run.zero_grad()
+            run(**batch).loss.backward()
+            gradients.append({name: p.grad for name, p in parameters.named_parameters()})
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+        averages = [m.model.layers[0].self_attn.reweighting.average for m in (model, checkpointed)]
+        torch.testing.assert_close(*averages)
+
+
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_a_share_of_the_keys_does_not_compile_again_for_other_masks_or_lengths(
     in_blocks: bool, monkeypatch: pytest.MonkeyPatch

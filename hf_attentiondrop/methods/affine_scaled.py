@@ -29,6 +29,24 @@ from .papers import AFFINE_SCALED
 ACTIVATION_FORMULAS = {"linear_clip": "φ(z) = clamp(0.1 z + 0.5, 0, 1)", "sigmoid": "φ(z) = 1 / (1 + exp(-z))"}
 
 
+@torch.library.custom_op("hf_attentiondrop::move_average", mutates_args=("average",))
+def move_average(average: Tensor, mean: Tensor, weight: float) -> Tensor:
+    """Moves an average `(H,)` in place towards a mean `(H,)`, unless in a backward pass, and returns a copy: a later
+    move must not change what the backward pass uses.
+
+    In a backward pass, activation checkpointing repeats the forward. Compiled code knows only when it runs whether it
+    does so, and this is opaque to the compiler.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        average.lerp_(mean, weight)
+    return average.clone()
+
+
+@move_average.register_fake
+def _(average: Tensor, mean: Tensor, weight: float) -> Tensor:
+    return torch.empty_like(average)
+
+
 class AffineScaling(LearnedWeights):
     """The weights of the scale, and its moving average, which determines the bias.
 
@@ -71,9 +89,10 @@ class AffineScaling(LearnedWeights):
         alpha = affine_scale(logits, activation=self.config.activation, init=self.config.init)
         # Once per forward of the module: DiffLlama calls attention twice, once for each half of the values.
         if call.module.training and not is_recomputing() and "has_moved" not in call.memory:
-            self._update_average(alpha.detach(), call.real_queries)
+            average = self._moved_average(alpha.detach(), call.real_queries)
             call.memory["has_moved"] = True
-        average = self.average.clone()  # A later update must not change what the backward pass uses.
+        else:
+            average = self.average.clone()
         output, weights = attend(call)
         sums = PrefixSums.from_mask(call.mask, is_causal=call.causal, **call.lengths)
         key_length = call.lengths["key_length"] if self.config.bias_length == "keys" else None
@@ -83,8 +102,8 @@ class AffineScaling(LearnedWeights):
         return rescale_output(output, call.value, alpha, beta, sums), weights
 
     @torch.no_grad()
-    def _update_average(self, alpha: Tensor, real_queries: Tensor | None) -> None:
-        """Moves the average towards the mean scale `(H,)` of the real queries of all processes."""
+    def _moved_average(self, alpha: Tensor, real_queries: Tensor | None) -> Tensor:
+        """Moves the average towards the mean scale `(H,)` of the real queries of all processes, and returns a copy."""
         is_real = torch.ones_like(alpha)
         if real_queries is not None:
             is_real = is_real * real_queries.transpose(1, 2)
@@ -92,7 +111,7 @@ class AffineScaling(LearnedWeights):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         mean = torch.where(total[1] > 0, total[0] / total[1], self.average)
-        self.average.lerp_(mean, 1.0 - self.config.momentum)
+        return move_average(self.average, mean, 1.0 - self.config.momentum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AffineScaling":
         average = self.average
