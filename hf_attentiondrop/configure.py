@@ -42,8 +42,8 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
             schedule.
 
     Raises:
-        ValueError: if no part of the model uses this package, if the configuration selects no attention module, or if
-            a perturbation cannot act on a selected one.
+        ValueError: if no part of the model uses this package, if the configuration selects no attention module, if a
+            perturbation cannot act on a selected one, or if `model` is a part that shares its config with the rest.
         TypeError: if `model` contains no Transformers model.
 
     Example:
@@ -57,6 +57,8 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
     """
     perturbations = perturbations_from(attention_drop)  # Raises for bad input, before anything changes.
     bases = _running_models(model, "the configuration")
+    for base in bases:
+        _check_shares_no_config(base)
     configs = [config for base in bases for config in configs_of(base.config)]
     previous = [config.__dict__.get(ATTENTION_DROP_KEY) for config in configs]
     with ExitStack() as stack:
@@ -186,6 +188,21 @@ def _running_models(model: Any, what: str) -> list[PreTrainedModel]:
             "or load the model with it."
         )
     return running
+
+
+def _check_shares_no_config(model: PreTrainedModel) -> None:
+    """Raises an error for a part of a larger model whose config governs attention modules outside of it, too."""
+    states = _running_states(model)
+    configs = {id(state.config) for state in states}
+    for state in {id(state.peers): state for state in states}.values():
+        if shared := [peer for peer in state.outside_of(model) if id(peer.config) in configs]:
+            kinds = ", ".join(sorted({peer.place.kind for peer in shared}))
+            raise ValueError(
+                f"configure got {type(model).__name__}, a part of {state.owner}, and its config is also that of "
+                f"{len(shared)} attention modules outside of it ({kinds}): it could not describe both. Configure the "
+                "whole model, and select modules by `attentions` and `layers`, such as "
+                f'HardMasking(attentions=["{state.place.kind}"]).'
+            )
 
 
 def _running_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from transformers import (
     EncoderDecoderModel,
 )
 
-from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, configure, report
+from hf_attentiondrop import AffineScaledConfig, AttentionDropConfig, DropHead, DropKey, HardMasking, configure, report
 from hf_attentiondrop.version import __version__
 
 from .models import build, inputs
@@ -239,3 +239,26 @@ def test_an_unknown_learned_method_names_where_it_came_from(tmp_path: Path) -> N
     )
     with pytest.raises(ValueError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_part_with_a_config_of_its_own_is_configured_alone() -> None:
+    model = CLIPModel._from_config(CLIPConfig(**TINY_CLIP), attn_implementation="attentiondrop")
+    configure(model.vision_model, DropKey(p=0.5))
+    applied = {row.name.split("_")[0]: row.applied for row in report(model).rows}
+    assert applied == {"text": "hard p=0.1 k=5 fill=mask", "vision": "dropkey p=0.5 axis=score"}
+    # The other part still belongs to the model.
+    model.config.attention_drop = DropHead(p=0.3)
+    assert {row.applied for row in report(model).rows} == {"drophead p=0.3"}
+
+
+def test_a_part_that_shares_its_config_is_not_configured_alone() -> None:
+    model = build("marian", attention_drop=HardMasking(p=0.1))
+    for part in (model.get_encoder(), model.get_decoder()):
+        with pytest.raises(ValueError, match=f"{type(part).__name__}, a part of Marian.*attention modules outside"):
+            configure(part, DropKey(p=0.5))
+    assert {row.applied for row in report(model).rows} == {"hard p=0.1 k=5 fill=mask", ""}
+    copied = copy.deepcopy(model.get_encoder())
+    configure(copied, DropKey(p=0.5))
+    assert {row.applied for row in report(copied).rows} == {"dropkey p=0.5 axis=score"}
+    model.config.attention_drop = DropHead(p=0.3)
+    assert {row.applied for row in report(model).rows} == {"drophead p=0.3", ""}

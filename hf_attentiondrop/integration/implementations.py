@@ -90,7 +90,7 @@ def running_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def place_running(model: PreTrainedModel) -> list[nn.Module]:
-    """Sets the state of every attention module of a whole model; keeps counts, base attention, factors and gains.
+    """Sets the state of every attention module of a model; keeps counts, base attention, factors and gains.
 
     Returns:
         The modules that run an implementation of this package, see [`running_modules`].
@@ -99,11 +99,14 @@ def place_running(model: PreTrainedModel) -> list[nn.Module]:
         ValueError: if the config of such a module has an entry that this release cannot parse.
     """
     holders, modules = {holder.name: holder for holder in holders_of(model)}, dict(attention_modules(model))
+    outside: dict[int, ModuleState] = {}
     for name, place in places_of(model).items():
         module, governing = modules[name], holders[name].governing
         previous = getattr(module, "attention_drop_state", None)
-        for peer in [] if previous is None else previous.peers:
-            peer.peers = []  # Its module may have left the model.
+        if previous is not None and previous.peers:
+            outside |= {id(peer): peer for peer in previous.outside_of(model)}
+            for peer in previous.peers:
+                peer.peers = []  # Its module may have left the model.
         # Keep the object where possible: a compiled model recompiles for a new one.
         if previous is None or previous.config is not governing or previous.place != place:
             state = ModuleState(governing, place)
@@ -115,9 +118,12 @@ def place_running(model: PreTrainedModel) -> list[nn.Module]:
         module.attention_drop_state.governor = weakref.ref(holders[name].owner)
         module.attention_drop_state.owner = type(model).__name__
     running = running_modules(model)
-    peers = [module.attention_drop_state for module in running]
+    states = [module.attention_drop_state for module in running]
+    # If the model is a part of a larger one, that one is still configured as a whole.
+    peers = [*states, *outside.values()]
     for state in peers:
         state.peers = peers
+    for state in states:
         if state.perturbations != (perturbations := perturbations_of(state.config)):
             state.configure(perturbations)
     return running

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import ReferenceType, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -91,6 +91,12 @@ class ModuleState:
             other.governor = weakref.ref(governor if is_alone else memo[id(governor)])
         other.__post_init__()
         return other
+
+    def outside_of(self, model: nn.Module) -> "list[ModuleState]":
+        """The peers whose model is alive and no part of a model that this module belongs to: that one is a part."""
+        governors = {id(peer): None if peer.governor is None else peer.governor() for peer in self.peers}
+        inside = {None, *model.modules()}
+        return [peer for peer in self.peers if governors[id(peer)] not in inside]
 
     @property
     def is_configured(self) -> bool:
