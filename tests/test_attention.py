@@ -43,6 +43,7 @@ def test_equals_the_definition_forward_and_backward(case: AttentionCase, variant
     [
         (Gemma2Attention, {"softcap": SOFTCAP}, "hard_mask"),
         (Gemma2Attention, {"softcap": SOFTCAP}, "hard_zero"),
+        (type("OwnAttention", (Gemma2Attention,), {"__module__": __name__}), {"softcap": SOFTCAP}, "hard_mask"),
         (GptOssAttention, {"s_aux": SINKS}, "hard_mask"),
         (GptOssAttention, {"s_aux": SINKS}, "hard_zero"),
         (GptOssAttention, {"s_aux": SINKS}, "blur"),

@@ -16,6 +16,7 @@ from hf_attentiondrop.attention.parts import configs_of
 from hf_attentiondrop.methods.method import Perturbation
 
 from . import reference
+from .attention import position_bias
 from .cases import CASES, AttentionCase
 from .models import build, inputs
 
@@ -136,13 +137,14 @@ def test_flash_without_a_mask_gets_the_batch_as_it_is(kernels: Kernels) -> None:
     assert call["shape"] == (3, case.heads, 9, 8) and "cu_seq_lens_q" not in call
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.position_bias], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_flex_attends_under_every_boolean_mask(case: AttentionCase) -> None:
     states = case.tensors(torch.float32, head_dim=16)
     mask = case.mask()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        output = attend_with("flex_attention", module_of(case), *states, mask, is_causal=case.is_causal)
-    if mask is not None and mask.dtype != torch.bool:
+        options = {"position_bias": bias.float()} if (bias := position_bias(case)) is not None else {}
+        output = attend_with("flex_attention", module_of(case), *states, mask, is_causal=case.is_causal, **options)
+    if case.position_bias or (mask is not None and mask.dtype != torch.bool):
         assert output is None
     else:
         assert torch.allclose(output, expected(case, *states), atol=1e-5)

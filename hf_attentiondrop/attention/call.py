@@ -201,14 +201,15 @@ def _softmax_attention(call: AttentionCall, zeroed: Tensor) -> AttentionOutput:
 
 
 def _eager_attention(module: nn.Module) -> Any:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise ValueError(
-            f"{type(module).__name__} needs attention weights, a softcap or sinks, which SDPA does not support, and "
-            f"its model file {type(module).__module__} has no eager_attention_forward to compute them. "
-            'Call the model without output_attentions=True, or switch it to attn_implementation="eager".'
-        )
-    return eager
+    for kind in type(module).__mro__:  # A class of one's own inherits from one of a model file.
+        eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise ValueError(
+        f"{type(module).__name__} needs attention weights, a softcap or sinks, which SDPA does not support, and its "
+        f"model file {type(module).__module__} has no eager_attention_forward to compute them. Call the model without "
+        'output_attentions=True, or switch it to attn_implementation="eager".'
+    )
 
 
 def _additive(call: AttentionCall) -> Tensor | None:

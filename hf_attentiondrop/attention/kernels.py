@@ -62,7 +62,8 @@ def attend_with(
     attend = AttentionInterface()[name]
     states = (query, key, value)
     if name == FLEX:
-        if mask is not None and mask.dtype != torch.bool:
+        # FlexAttention would look a position bias of one sample up for each sample of the batch.
+        if options.get("position_bias") is not None or (mask is not None and mask.dtype != torch.bool):
             return None
         blocks = block_mask(mask, is_causal and query.shape[-2] > 1, query.shape[-2], key.shape[-2], query.device)
         return attend(module, *states, blocks, is_causal=is_causal, **options)[0]

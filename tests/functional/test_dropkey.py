@@ -10,6 +10,7 @@ from hf_attentiondrop.functional import AXES, sample_key_mask
 
 from .. import reference
 from ..cases import CASES, AttentionCase
+from .dtypes import drawn_in_default_dtypes
 
 
 def sample(case: AttentionCase, p: float | Tensor, axis: str) -> Tensor:
@@ -33,6 +34,10 @@ def test_equals_the_definition_under_the_same_uniform_numbers(case: AttentionCas
         kept = sample(case, number, axis)
         expected = visible & ~reference.dropped_keys(visible, uniform, p)
         assert torch.equal(kept.expand(visible.shape), expected)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    assert torch.equal(*drawn_in_default_dtypes(lambda: sample_key_mask((2, 4, 64, 64), p=0.01, axis="score")))
 
 
 @pytest.mark.parametrize("axis", AXES)

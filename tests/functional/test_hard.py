@@ -8,6 +8,7 @@ import torch
 from hf_attentiondrop.functional import mask_top_scores, sample_masked_scores
 
 from ..cases import CASES, AttentionCase
+from .dtypes import drawn_in_default_dtypes
 
 
 def within_four_standard_errors(is_masked: torch.Tensor, p: float) -> bool:
@@ -119,6 +120,12 @@ def test_the_same_seed_masks_the_same_scores() -> None:
     first = sample_masked_scores(scores, None, p=0.5, k=3)
     torch.manual_seed(4)
     assert torch.equal(first, sample_masked_scores(scores, None, p=0.5, k=3))
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    scores = torch.randn(2, 4, 64, 64)
+    first, second = drawn_in_default_dtypes(lambda: sample_masked_scores(scores, None, p=0.01, k=3))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("fill", ["mask", "zero"])

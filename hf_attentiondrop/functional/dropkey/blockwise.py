@@ -79,7 +79,7 @@ def dropkey_attention(
     # Drawn outside of the operator, where activation checkpointing and compiled graphs can repeat it.
     columns = None
     if axis == "column":
-        columns = torch.rand(*query.shape[:2], 1, key.shape[-2], device=query.device)
+        columns = torch.rand(*query.shape[:2], 1, key.shape[-2], dtype=torch.float32, device=query.device)
     seed = torch.randint(2**62, ())
     return _attend(query, key, value, mask, p, columns, seed, is_causal, scaling, dropout)
 
@@ -164,7 +164,9 @@ def _drop_keys(p: Tensor, columns: Tensor | None) -> Perturb:
         loses_all = _mask(scores, dropped)
         if loses_all.any():
             lost = scores[loses_all]
-            scores[loses_all] = _keep_highest(lost, torch.rand(lost.shape, generator=block.generator))
+            scores[loses_all] = _keep_highest(
+                lost, torch.rand(lost.shape, dtype=torch.float32, generator=block.generator)
+            )
 
     def drop_columns(columns: Tensor, block: Block, scores: Tensor) -> None:
         numbers = columns[block.sample, block.heads, :, block.keys]  # (heads, 1, keys)

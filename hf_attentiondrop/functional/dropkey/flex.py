@@ -77,7 +77,7 @@ def sample_dropped_bits(
     threshold = torch.as_tensor(p, dtype=torch.float64, device=device).mul(2**16).round().to(torch.int32)
     dropped = compiled(_bernoulli_words)([*rows, num_words(num_keys)], threshold)
     loses_all = (~dropped & visible_words == 0).all(dim=-1, keepdim=True)
-    rank = (torch.rand(*rows, 1, device=device) * counts[..., -1:]).long()
+    rank = (torch.rand(*rows, 1, dtype=torch.float32, device=device) * counts[..., -1:]).long()
     kept = _key_of_rank(rank, visible_words, counts)
     is_word = torch.arange(num_words(num_keys), device=device) == kept // BITS_PER_WORD
     kept_bit = (1 << (kept % BITS_PER_WORD)).to(torch.int32) * is_word

@@ -52,7 +52,7 @@ def sample_key_mask(
     lengths = {"query_length": num_queries, "key_length": num_keys, "device": device}
     visible = visible_keys(mask, is_causal=is_causal, **lengths)
     rows = num_queries if axis == "score" else 1
-    uniform = torch.rand(batch_size, num_heads, rows, num_keys, device=device)
+    uniform = torch.rand(batch_size, num_heads, rows, num_keys, dtype=torch.float32, device=device)
     if visible is None:
         highest = uniform.amax(dim=-1, keepdim=True)
     elif axis == "column" and mask is None:

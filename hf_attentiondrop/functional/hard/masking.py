@@ -67,7 +67,7 @@ def sample_masked_ranks(
     """
     *rows, num_keys = shape
     num_ranks = num_candidates(k, num_keys)
-    uniform = torch.rand(*rows, num_ranks, device=device)
+    uniform = torch.rand(*rows, num_ranks, dtype=torch.float32, device=device)
     is_masked = uniform < p
     rank = torch.arange(num_ranks, device=device)
     limit: int | torch.Tensor = num_ranks
