@@ -146,6 +146,12 @@ def test_unsupported_models_raise_when_built(name: str) -> None:
         build(name, "attentiondrop")
 
 
+@_cases("bert layoutlm markuplm splinter".split())
+def test_the_attention_of_a_text_encoder_is_called_so(name: str) -> None:
+    """Though those of LayoutLM, MarkupLM and Splinter do not say that they are not causal."""
+    assert {row.kind for row in report(build(name, "attentiondrop")).rows} == {"encoder_self"}
+
+
 @_cases(SUPPORTED)
 def test_evaluation_equals_stock_transformers(name: str) -> None:
     stock, model = build(name).eval(), build(name, "attentiondrop", attention_drop=PERTURBATIONS["hard"]).eval()

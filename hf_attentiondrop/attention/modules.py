@@ -127,12 +127,12 @@ def _kind_of(name: str, module: nn.Module) -> str:
         or any(other in parameters and parameters[other].default is inspect.Parameter.empty for other in OTHER_STATES)
     ):
         return "cross"
-    is_decoder = _is_causal(module) or getattr(module, "is_decoder", False) or "decoder" in path
+    is_decoder = _is_causal(module, path) or getattr(module, "is_decoder", False) or "decoder" in path
     return "decoder_self" if is_decoder else "encoder_self"
 
 
-def _is_causal(module: nn.Module) -> bool:
+def _is_causal(module: nn.Module, path: list[str]) -> bool:
     if hasattr(module, "is_causal"):
         return bool(module.is_causal)
-    # Without the attribute or argument, SDPA treats a module as causal.
-    return "is_causal" not in inspect.getsource(type(module).forward)
+    # Without the attribute or argument, SDPA treats a module as causal if it gets no mask. Encoders always pass one.
+    return "encoder" not in path and "is_causal" not in inspect.getsource(type(module).forward)
