@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from hf_attentiondrop import AttentionDropTrainer
 from hf_attentiondrop.cli.reporting import evaluate_checkpoint
 
 from .models import build
@@ -36,6 +38,20 @@ def test_a_card_shows_the_metrics_and_plots_that_it_is_given(tmp_path: Path) -> 
     assert "![Reliability](reliability.png)" in card.text
     with pytest.raises(ValueError, match=r"Expected plots in the folder of the card, .*, got '/elsewhere/a\.png'"):
         trainer.create_model_card(plots=["/elsewhere/a.png"])
+
+
+def test_a_card_names_an_optimizer_that_was_passed(tmp_path: Path) -> None:
+    model = build("bert", dropout=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    plain = trainer_of(model, tmp_path)
+    trainer = AttentionDropTrainer(
+        model, plain.args, train_dataset=plain.train_dataset, optimizers=(optimizer, scheduler)
+    )
+    trainer.train()
+    shown = tables(card_of(trainer).text)
+    assert (shown["Optimizer"], shown["Learning rate"]) == (["SGD"], ["ConstantLR"])
+    assert "Weight decay" not in shown
 
 
 def test_a_card_counts_the_samples_that_were_evaluated(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ class ModelCardMixin(TrainerBase):
     Overrides `create_model_card`, and wraps `evaluate`, `push_to_hub` and `init_hf_repo`.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The training arguments do not describe what was passed instead.
+        self.has_own_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        self.has_own_scheduler = self.lr_scheduler is not None
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates the model, and remembers for the card on how many samples. See
         [`~transformers.Trainer.evaluate`]."""
