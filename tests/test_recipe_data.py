@@ -312,7 +312,7 @@ def test_unusable_test_data_and_draws_are_errors(
         (
             "text_classification",
             [*data, "--robustness_samples", 9],
-            "no effect without --evaluate_robustness",
+            "--robustness_samples would have no effect without --evaluate_robustness",
         ),
         (
             "image_classification",

@@ -93,7 +93,8 @@ class ModuleState:
         return other
 
     def outside_of(self, model: nn.Module) -> "list[ModuleState]":
-        """The peers whose model is alive and no part of a model that this module belongs to: that one is a part."""
+        """The peers in the rest of a larger model, if `model` is a part of one. Those that have left `model`, or whose
+        model no longer exists, are not among them."""
         governors = {id(peer): None if peer.governor is None else peer.governor() for peer in self.peers}
         inside = {None, *model.modules()}
         return [peer for peer in self.peers if governors[id(peer)] not in inside]
