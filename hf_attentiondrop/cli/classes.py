@@ -1,5 +1,6 @@
 """The model's class number of each sample in a data set."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
     """Maps the labels of a data set to the class numbers of a model.
 
     Classes are matched by name, so the data may number them in another order; numbers can be names too. If the model
-    or the data has no class names, the numbers of the data are those of the model.
+    or the data has no class names, the numbers of the data are those of the model, unless its names have other
+    numbers.
 
     Args:
         dataset ([`~datasets.Dataset`]): to measure on.
@@ -65,7 +67,15 @@ def _known_classes(
     if names is None:
         # If the model's class names are numbers, an unknown number is an unknown class rather than a position.
         is_position = all(isinstance(label, int) for label in labels) and not any(map(_is_number, known))
-        return {str(number): number for number in range(config.num_labels)} if is_position else known
+        if not is_position:
+            return known
+        for name, number in known.items():
+            if (numbers := re.findall(r"\d+", name)) and str(number) not in numbers:
+                raise ValueError(
+                    f"expected class names in {column!r}, got integers, which may be positions or the numbers in the "
+                    f"model's class names: class {number} is {name!r}. Write the names into the column."
+                )
+        return {str(number): number for number in range(config.num_labels)}
     if _has_names(config) or known.keys() >= set(names):
         return known
     if len(names) != config.num_labels:

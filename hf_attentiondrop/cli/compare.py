@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import uuid4
 
 from .flags import INVALID_INPUT, CommandError, naming_flag, positive
 from .plans import describe_plan, describe_run
@@ -81,6 +82,8 @@ def _compare(arguments: argparse.Namespace) -> str:
     folder = Path(arguments.output_dir or Path("runs") / file.stem)
     with naming_flag("--output_dir"):
         _check_folder(folder, study)
+    if arguments.report_only and arguments.dry_run:
+        raise ValueError("expected --report_only or --dry_run, got both: the one writes a report, the other nothing.")
     if arguments.report_only:
         runs = read_runs(folder / RESULTS_FILE)
     else:
@@ -147,7 +150,7 @@ def _run(study: "Study", script: "Script", folder: Path, arguments: argparse.Nam
 
     def write_study() -> None:
         # Outside of the folder, and as a whole: another worker may look for it at the same time.
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        partial = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
         folder.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True)
         partial.write_text(f"# {_command(arguments)}\n{text}", encoding="utf-8")

@@ -159,8 +159,11 @@ def _encode_texts(tokenizer: Any, config: PreTrainedConfig) -> Callable[..., Map
 
     def encode(texts: list[str], pairs: list[str] | None = None) -> Mapping[str, Tensor]:
         inputs = dict(tokenizer(texts, pairs, truncation=True, padding=len(texts) > 1, return_tensors="pt"))
-        if inputs["input_ids"].numel() == 0:
-            raise ValueError(f"--text_column: expected texts of at least one token, got {texts}. Remove empty ones.")
+        lengths = inputs["attention_mask"].sum(dim=-1)
+        if empty := [text for text, length in zip(texts, lengths, strict=True) if length == 0]:
+            raise ValueError(
+                f"--text_column: expected texts of at least one token, got {empty[0]!r}. Remove such rows."
+            )
         highest = inputs["input_ids"].max().item()
         if vocab_size is not None and highest >= vocab_size:
             raise ValueError(

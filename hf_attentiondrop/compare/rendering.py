@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..evaluation.style import BLUE, GRAY
+from .runs import LOG_LINES
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOG_LINES = 20
 # Colors of a plot that follow the color scheme of the page.
 SCHEME = {"#000000": "currentColor", GRAY: "var(--gray)", BLUE.lower(): "var(--blue)"}
 ESCAPE_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -61,13 +61,15 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def log_tail(log: str | None) -> list[str]:
-    r"""The last lines of a log as a terminal would show them, without colors and earlier states of a progress bar.
+    r"""The first line of a log, which is the reason of the failure, and the last ones, as a terminal would show them,
+    without colors and earlier states of a progress bar.
 
     >>> log_tail("10%\r100%\n\x1b[31mValueError\x1b[0m: no\n")
     ['100%', 'ValueError: no']
     """
     lines = ESCAPE_SEQUENCES.sub("", log or "").replace("\r\n", "\n").rstrip().split("\n")
-    shown = [line.rstrip("\r").rpartition("\r")[2] for line in lines[-LOG_LINES:]]
+    first, *others = lines
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in [first, *others[-LOG_LINES:]]]
     return ["".join(c for c in line if c.isprintable() or c == "\t") for line in shown]
 
 

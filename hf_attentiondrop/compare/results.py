@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from ..validation import Config, is_integer, is_number, suggestion
 
@@ -99,10 +100,11 @@ class Run:
         versions (`dict`): package to version.
         commit (`str`, *optional*): of the source code.
         hardware (`str`, *optional*): the machine and its accelerator, in words.
-        log (`str`, *optional*): the last lines that the script printed.
+        log (`str`, *optional*): why the run failed, and the last lines that the script printed.
 
     Raises:
-        ValueError: for a phase or state that does not exist, and for a metric, time or memory that is not finite.
+        ValueError: for a phase or state that does not exist, for a metric, time or memory that is not a finite number,
+            and for fields of another type.
 
     Example:
 
@@ -127,6 +129,10 @@ class Run:
 
     def __post_init__(self) -> None:
         who = f"Run of {self.method!r} with seed {self.seed}"
+        for name, kind in (("method", str), ("seed", int), ("trial", int), ("arguments", dict), ("metrics", dict)):
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ValueError(f"{who}: `{name}` must be of type {kind.__name__}, got {value!r}.")
+        object.__setattr__(self, "metrics", {name: _plain(value) for name, value in self.metrics.items()})
         for name, known in (("phase", ("tune", "test")), ("state", ("complete", "failed"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{who}: `{name}` must be one of {known}, got {getattr(self, name)!r}.")
@@ -149,6 +155,11 @@ class Run:
     def to_json(self) -> str:
         """Returns the run as one line of JSON."""
         return json.dumps(asdict(self), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or torch as a Python number; others as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def read_runs(path: str | Path) -> list[Run]:
@@ -201,7 +212,8 @@ def append_run(path: str | Path, run: Run) -> None:
 def write_runs(path: str | Path, runs: Iterable[Run]) -> None:
     """Replaces a results file as a whole, so that a killed writer leaves the old or the new one."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Machines that share the folder may have processes of the same number.
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     lines = [run.to_json() + "\n" for run in sorted(runs, key=lambda run: run.key)]
     partial.write_text("".join(lines), encoding="utf-8", newline="\n")
     partial.replace(path)

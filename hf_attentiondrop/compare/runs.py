@@ -103,8 +103,8 @@ def execute(
                 f"{planned.name}: {error} All other runs would probably fail, too. Correct `{key}` of the study, or "
                 "the script, and start it again: it repeats this run and keeps those that have ended."
             ) from error
-        end = last_lines(log)
-        last = end.rpartition("\n")[-1]
+        lines = printed_lines(log)
+        last = lines[-1] if lines else ""
         is_begun = planned.phase == "test" and study.search is not None
         if ended.code > 0 and REFUSAL.fullmatch(last) and not is_begun and is_first():
             raise ValueError(
@@ -112,7 +112,7 @@ def execute(
                 f"fail, too. Nothing was measured: correct the arguments, delete {folder} or name another folder, and "
                 "start again."
             ) from error
-        metrics, versions, failure = {}, {}, f"{error}\n{end}"
+        metrics, versions, failure = {}, {}, "\n".join([str(error), *map(_shortened, lines[-LOG_LINES:])])
     if planned.phase == "tune":
         # Measurements on the test data are for the test runs alone.
         metrics = {name: value for name, value in metrics.items() if name in wanted}
@@ -172,11 +172,16 @@ def read_metrics(path: Path, ended: Ended, wanted: list[str]) -> tuple[dict[str,
     )
 
 
-def last_lines(log: Path) -> str:
-    """The end of what a program printed; a progress bar counts as its last state."""
+def printed_lines(log: Path) -> list[str]:
+    """The lines that a program printed, without empty ones; a progress bar counts as its last state."""
     text = re.sub(TERMINAL_CODES, "", log.read_text(encoding="utf-8", errors="replace"))
     lines = (line.rstrip().rpartition("\r")[-1] for line in text.split("\n"))
-    return "\n".join([line[-LOG_CHARACTERS:] for line in lines if line.strip()][-LOG_LINES:])
+    return [line for line in lines if line.strip()]
+
+
+def _shortened(line: str) -> str:
+    half = LOG_CHARACTERS // 2
+    return line if len(line) <= LOG_CHARACTERS else f"{line[:half]} … {line[-half:]}"
 
 
 @cache

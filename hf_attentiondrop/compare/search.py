@@ -47,8 +47,8 @@ class Space:
             if len(ends) == 2 and None not in ends and ends[0] < ends[1] and (ends[0] > 0 or not is_log):
                 return cls(ends[0], ends[1], is_log)
         raise ValueError(
-            "expected a range [low, high] with low < high, [low, high, log] with 0 < low < high, or {choices: [...]} "
-            f"with at least one number or text, got {value!r}."
+            "expected a range [low, high] with low < high, both finite, [low, high, log] with 0 < low < high, or "
+            f"{{choices: [...]}} with at least one number or text, got {value!r}."
         )
 
     def at(self, position: float) -> Any:
@@ -120,10 +120,10 @@ class Search(Config):
 
 
 def _number(value: Any) -> Any:
-    """A number, also one such as 1e-5, which YAML reads as a text because it has no point; `None` for others."""
-    if is_number(value):
-        return value
-    try:
-        return float(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
+    """A finite number, or `None` for others. YAML reads 1e-5 as a text, because it has no point."""
+    if not is_number(value):
+        try:
+            value = float(value) if isinstance(value, str) else math.nan
+        except ValueError:
+            return None
+    return value if math.isfinite(value) else None

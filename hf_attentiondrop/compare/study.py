@@ -1,6 +1,7 @@
 """A study: which methods a script runs with, on how many seeds, and what is measured. `docs/compare.md` describes its
 YAML file."""
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -125,16 +126,35 @@ class Study(Config):
                     raise ValueError(
                         f"Study: `{where}` sets {name!r}, which the study sets for each run. Leave it out."
                     )
+                if isinstance(arguments[name], float) and not math.isfinite(arguments[name]):
+                    raise ValueError(
+                        f"Study: `{where}` sets {name!r} to {arguments[name]}, and records of runs hold finite "
+                        "numbers only. Write a large one."
+                    )
+        self._check_spellings()
         if self.search is not None:
-            for method in self.search.spaces:
+            for method, space in self.search.spaces.items():
                 self._check_method("search.spaces", method)
+                if both := sorted(space.keys() & self.search.arguments.keys()):
+                    raise ValueError(
+                        f"Study: `search.spaces.{method}` searches {both[0]!r}, which `search.arguments` sets, too. "
+                        "Leave one of them out."
+                    )
             self._check_objective(self.search)
 
+    def _check_spellings(self) -> None:
+        """Checks that no argument is spelled in two ways: the script would get both, and take the last."""
+        spellings: dict[str, str] = {}
+        for arguments in self.given_arguments().values():
+            for name in arguments:
+                if (other := spellings.setdefault(name.replace("-", "_"), name)) != name:
+                    raise ValueError(f"Study: expected one spelling of an argument, got {other!r} and {name!r}.")
+
     def _check_method(self, where: str, name: Any) -> None:
-        if name not in self.methods:
+        if not is_text(name) or name not in self.methods:
             raise ValueError(
                 f"Study: `{where}` must name one of the methods {', '.join(self.methods)}, got {name!r}."
-                f"{suggestion(name, self.methods)}"
+                f"{suggestion(str(name), self.methods)}"
             )
 
     def _check_objective(self, search: Search) -> None:

@@ -228,7 +228,13 @@ def _attacked(
     seed: int,
 ) -> tuple[dict[str, tuple[RobustAccuracy, ...]], dict[str, Any]]:
     bound, space = epsilon or PIXEL_EPSILON, {"space": "pixels"}
-    if "pixel_values" not in next(iter(batches)):
+    has_pixels = "pixel_values" in next(iter(batches))
+    if has_pixels and bound > 1:
+        raise ValueError(
+            f"`epsilon` must be at most 1 for images, got {epsilon}: it is a share of the pixel range. Divide a bound "
+            "in steps of 8 bits by 255."
+        )
+    if not has_pixels:
         deviation = transformers_model(model).get_input_embeddings().weight.detach().float().std().item()
         bound = (epsilon or EMBEDDING_EPSILON) * deviation
         space = {"space": "embeddings", "embedding_deviation": deviation}
@@ -242,7 +248,7 @@ def _attacked(
         with random_state_kept(model):
             torch.manual_seed(seed)
             epsilons = [fraction * bound for fraction in EPSILON_FRACTIONS]
-            attacked = _attackable(model, first_samples(batches, samples))
+            attacked = _attackable(model, first_samples(_labelled(batches), samples))
             curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]
     rows = [{"name": "none", "epsilon": 0.0, "accuracy": clean.accuracy}]
@@ -257,6 +263,14 @@ def _attacked(
         for name, curve in curves.items()
     }
     return curves, {"norm": "linf", **space, "samples": clean.total, "attacks": rows, "accuracies": accuracies}
+
+
+def _labelled(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The samples of batches that have a label."""
+    for batch in batches:
+        rows = batch["labels"] != IGNORE_INDEX
+        if rows.any():
+            yield {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..attention.modules import attention_modules
 from ..attention.parts import configs_of, transformers_model
 from ..integration.implementations import FUNCTIONS
-from .running import check_batches, mode, to_device_of
+from .running import check_batches, inputs_without_loss, mode
 
 
 SHOWS_WEIGHTS = ("eager", *FUNCTIONS)
@@ -72,7 +72,8 @@ def attention_statistics(
     """Measures attention statistics in evaluation mode, per head.
 
     Learned methods can produce negative weights with any sum; shares and entropy are those of the absolute values,
-    normalized to a sum of 1. Padding queries are left out if the batch has a two-dimensional attention mask.
+    normalized to a sum of 1. Padding queries are left out if the batch has a two-dimensional attention mask, those of
+    a decoder also if its labels are -100.
 
     The cost is a forward pass of each batch with materialized attention, `B·H·Q·K` weights per layer.
 
@@ -108,11 +109,11 @@ def attention_statistics(
     samples = 0
     with _showing_weights(model), torch.no_grad():
         for batch in batches:
-            inputs = {name: value for name, value in batch.items() if "labels" not in name}
-            outputs = model(**to_device_of(model, inputs), output_attentions=True)
+            inputs = inputs_without_loss(model, batch)
+            outputs = model(**inputs, output_attentions=True)
             samples += len(next(value for value in inputs.values() if isinstance(value, Tensor)))
             for name, layers in _attentions_of(model, outputs).items():
-                measured = [_measure(name, weights, batch, top_k) for weights in layers]
+                measured = [_measure(name, weights, inputs, top_k) for weights in layers]
                 count = torch.tensor([count for _, count in measured])
                 previous = sums.get(name, [0.0] * len(layers))
                 sums[name] = [total + sum_ for total, (sum_, _) in zip(previous, measured, strict=True)]

@@ -80,8 +80,9 @@ def select_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDE
             f"Expected floating-point `logits` and integer `labels`, got {logits.dtype} and {labels.dtype}: labels "
             "are class numbers, and predicted classes carry no confidence."
         )
+    labels = labels.to(logits.device, torch.int64)  # An unsigned type would wrap `ignore_index` to a class.
     is_labelled = labels != ignore_index
-    logits, labels = logits[is_labelled], labels[is_labelled].to(logits.device, torch.int64)
+    logits, labels = logits[is_labelled], labels[is_labelled]
     num_classes = logits.shape[-1]
     is_outside = (labels < 0) | (labels >= num_classes)
     if is_outside.any():
@@ -144,7 +145,7 @@ def score_items(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX
     """
     rows, targets = select_items(logits, labels, ignore_index)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    is_labelled = torch.as_tensor(labels).to(rows.device) != ignore_index
+    is_labelled = torch.as_tensor(labels).to(rows.device, torch.int64) != ignore_index
     scores = torch.full((*is_labelled.shape, 4), float(IGNORE_INDEX), dtype=dtype, device=rows.device)
     size = max(1, CHUNK_ELEMENTS // rows.shape[-1])
     chunks = zip(rows.split(size), targets.split(size), strict=True)

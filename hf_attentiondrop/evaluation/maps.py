@@ -15,7 +15,7 @@ from ..attention.parts import transformers_model
 from ..integration.functions import perturbations_of_module
 from ..integration.implementations import FUNCTIONS
 from ..validation import is_integer
-from .running import mode, random_state_kept, to_device_of
+from .running import inputs_without_loss, mode, random_state_kept
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def attention_maps(
             "your batches."
         )
     name, module = _select(model, layer, kind)
-    inputs = {key: value for key, value in to_device_of(model, batch).items() if "labels" not in key}
+    inputs = inputs_without_loss(model, batch)
     batch_size = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
     if not (is_integer(sample) and -batch_size <= sample < batch_size):
         raise ValueError(f"`sample` must be a row of the batch, which has {batch_size}, got {sample!r}.")
@@ -118,7 +118,7 @@ def attention_maps(
             f"Expected weights of {batch_size} samples from {name}, got shape {tuple(weights.shape)}: it attends "
             "within windows or other parts of a sample, which cannot be told apart. Choose another layer or model."
         )
-    queries, keys = _not_padding(call, batch, weights, sample)
+    queries, keys = _not_padding(call, inputs, weights, sample)
     weights = weights[sample][:, queries][:, :, keys].float().cpu()
     if perturbed is not None:
         perturbed = perturbed[sample][:, queries][:, :, keys].float().cpu()

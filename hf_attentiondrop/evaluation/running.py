@@ -1,11 +1,16 @@
 """Running a model on a batch without changing its state."""
 
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..attention.parts import transformers_model
+from .items import IGNORE_INDEX
 
 
 @contextmanager
@@ -33,10 +38,18 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Restores torch's random states afterwards, of the CPU and of the devices that the model is on."""
+    """Restores the random states of Python, NumPy and torch afterwards, of the CPU and of the model's devices.
+
+    Some models draw with NumPy, such as those that mask spectrograms.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
-    with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
-        yield
+    try:
+        with torch.random.fork_rng(devices, device_type=next(iter(devices), torch.device("cuda")).type):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +63,25 @@ def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return value.to(device, precision if value.is_floating_point() and "labels" not in name else value.dtype)
 
     return {name: moved(name, value) for name, value in batch.items()}
+
+
+def inputs_without_loss(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass on the model's device, without labels where only the loss needs them.
+
+    A model that generates with a decoder of its own makes the inputs of that decoder from the labels if there are no
+    others. Labels of -100 are padding, which its attention mask then says, too.
+    """
+    inputs = {name: value for name, value in to_device_of(model, batch).items() if "labels" not in name}
+    base, labels = transformers_model(model), batch.get("labels")
+    if labels is None or not (base.config.is_encoder_decoder and base.can_generate()):
+        return inputs
+    labels = labels.to(base.device)
+    if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        inputs["labels"] = labels
+    is_padding = labels == IGNORE_INDEX
+    if is_padding.any() and inputs.get("decoder_input_ids", labels).shape == labels.shape:
+        inputs.setdefault("decoder_attention_mask", (~is_padding).long())
+    return inputs
 
 
 def first_samples(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterator[dict[str, Any]]:

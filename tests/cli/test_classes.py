@@ -13,6 +13,7 @@ from hf_attentiondrop.cli.classes import class_numbers
 ANIMALS = {0: "cat", 1: "dog", 2: "owl"}
 STARS = {0: "1", 1: "2", 2: "3"}
 SIGNS = {0: "-1", 1: "0", 2: "1"}
+RATINGS = {0: "1 star", 1: "2 stars", 2: "3 stars"}
 NAMELESS = {number: f"LABEL_{number}" for number in range(3)}
 
 
@@ -31,6 +32,8 @@ def numbers(labels: list[Any], id2label: dict[int, str], names: list[str] | None
         ([-1, 0], SIGNS, None, [0, 1]),
         ([0, 1], STARS, ["3", "1"], [2, 0]),
         ([0, 2], NAMELESS, None, [0, 2]),
+        ([0, 2], {0: "class 0", 1: "class 1", 2: "class 2"}, None, [0, 2]),
+        (["3 stars"], RATINGS, None, [2]),
         ([0, 2], NAMELESS, ["cat", "dog", "owl"], [0, 2]),
         ([0, 1], NAMELESS, ["LABEL_2", "LABEL_0"], [2, 0]),
         (["LABEL_1"], NAMELESS, None, [1]),
@@ -49,6 +52,12 @@ def test_labels_map_to_the_classes_of_the_model(
         ([0], NAMELESS, ["a", "b", "c", "d"], "expected 3 classes in 'kind', got 4"),
         ([1, 2, 4], STARS, None, "classes that the model does not know, 4; it knows 1, 2, 3"),
         ([0, 1], STARS, None, "does not know, 0; it knows 1, 2, 3"),
+        (
+            [1, 2],
+            RATINGS,
+            None,
+            "names in 'kind', got integers, .* class 0 is '1 star'. Write the names into the column",
+        ),
         ([0, 3], ANIMALS, None, "does not know, 3; it knows 0, 1, 2"),
         ([0, 3], NAMELESS, None, "does not know, 3; it knows 0, 1, 2"),
         (["cat", "newt"], ANIMALS, None, "does not know, newt; it knows cat, dog, owl"),

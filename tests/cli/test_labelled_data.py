@@ -121,6 +121,8 @@ def test_tokens_of_another_model_are_refused() -> None:
         list(labelled_batches(texts("a", "b"), [0, 1], TEXT, config, tokenizer(pad_token="[PAD]")))
     with pytest.raises(ValueError, match="texts of at least one token"):
         list(labelled_batches(texts(""), [0], TEXT, BERT, tokenizer()))
+    with pytest.raises(ValueError, match="texts of at least one token, got ''"):
+        list(labelled_batches(texts("a", ""), [0, 1], TEXT, BERT, tokenizer(pad_token="[PAD]")))
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])

@@ -81,6 +81,7 @@ def test_a_failed_run_is_kept_and_stops_no_other(tmp_path: Path, starts: Path, c
         assert runs[mode].state == "failed" and not runs[mode].metrics
         assert str(runs[mode].log).startswith(f"The script {text}"), runs[mode].log
     assert str(runs["fail"].log).endswith("RuntimeError: out of ideas")
+    assert "test_score = nan into metrics.json" in (tmp_path / "out" / "report.md").read_text()
     assert (
         "fail, seed 0: failed. The script ended with exit code 1. RuntimeError: out of ideas" in capfd.readouterr().err
     )

@@ -80,7 +80,8 @@ def test_arguments_that_the_script_does_not_accept_stop_the_study(
 ) -> None:
     command(2, methods={"none": {"mode": "refuse"}, "low": {}}, launcher=launcher)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "test/none-0: the script does not accept its arguments: tiny.py: error: --mode: refused. All oth" in error
+    assert "test/none-0: the script does not accept its arguments: tiny.py: error: --mode: refused, as it is" in error
+    assert "on this long list, All other runs would probably fail" in error
     assert lines(starts) == ["test/none-0"] and outcomes(tmp_path / "out") == []
 
 

@@ -4,11 +4,14 @@ import json
 import math
 import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from hf_attentiondrop.compare.results import Question, append_run, read_runs, write_runs
 
@@ -70,8 +73,19 @@ BAD_LINES = {
     "phase": ({**asdict(run()), "phase": "train"}, "`phase` must be one of .* got 'train'"),
     "NaN": ({**asdict(run()), "metrics": {"loss": math.nan}}, "'dropout' with seed 0: the metric 'loss' .* got nan"),
     "text": ({**asdict(run()), "metrics": {"loss": "0.1"}}, "'loss' must be a finite number, got '0.1'"),
+    "no metrics": (
+        {**asdict(run()), "metrics": None},
+        "'dropout' with seed 0: `metrics` must be of type dict, got None",
+    ),
+    "seed": ({**asdict(run()), "seed": "1"}, "`seed` must be of type int, got '1'"),
     "time": ({**asdict(run()), "seconds": 0}, "`seconds` must be a finite number above 0 or None, got 0"),
 }
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.int64(1)])
+def test_metrics_may_be_scalars_of_numpy_and_torch(value: Any) -> None:
+    one = replace(run(), metrics={"loss": value})
+    assert json.loads(one.to_json())["metrics"] == {"loss": float(value)}
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)

@@ -1,5 +1,6 @@
 """The file of a study: what it may say, and one line for each mistake, before anything is written."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"reference": "nine"},
         "`reference` must name one of the methods none, low, high, got 'nine'. Did you mean 'none'?",
     ),
+    "list as reference": (
+        {"reference": ["none"]},
+        "`reference` must name one of the methods none, low, high, got ['none']",
+    ),
     "no metric": ({"metrics": {}}, "`metrics` must be a mapping from at least one metric to higher or lower, got {}."),
     "unknown direction": ({"metrics": {"test_score": "up"}}, "to higher or lower, got {'test_score': 'up'}."),
     "no seed": ({"seeds": 0}, "`seeds` must be an integer from 1 to 1000, got 0."),
@@ -48,6 +53,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "value of a switch": ({"arguments": {"fast": 2}}, "--fast of tiny.py takes no value, expected true or false"),
     "seed as argument": ({"arguments": {"seed": 1}}, "`arguments` sets 'seed', which the study sets for each run."),
+    "infinite argument": (
+        {"arguments": {"x": math.inf}},
+        "`arguments` sets 'x' to inf, and records of runs hold finite",
+    ),
+    "two spellings": (
+        {"arguments": {"out-put": 1}, "methods": {"none": {}, "low": {"out_put": 2}}, "reference": "none"},
+        "expected one spelling of an argument, got 'out-put' and 'out_put'.",
+    ),
     "search as number": ({"search": 8}, "`search` must be a mapping of the fields of a Search, got 8."),
     "unknown key of the search": ({"search": {**SEARCH, "trails": 8}}, "Unknown key 'trails' in `search`"),
     "no trial": ({"search": {**SEARCH, "trials": 0}}, "`trials` must be an integer of at least 1, got 0."),
@@ -71,7 +84,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "inverted range": (
         {"search": {**SEARCH, "spaces": {"low": {"x": [1, 0]}}}},
-        "`spaces.low.x`: expected a range [low, high] with low < high, [low, high, log] with",
+        "`spaces.low.x`: expected a range [low, high] with low < high, both finite, [low, high, log] with",
+    ),
+    "infinite range": (
+        {"search": {**SEARCH, "spaces": {"low": {"x": [0, math.inf]}}}},
+        "with low < high, both finite",
+    ),
+    "space of a fixed argument": (
+        {"search": {**SEARCH, "arguments": {"x": 1}}},
+        "searches 'x', which `search.arguments` sets, too. Leave one of them out.",
     ),
     "logarithm of 0": ({"search": {**SEARCH, "spaces": {"low": {"x": [0, 1, "log"]}}}}, "with 0 < low < high"),
     "no choice": ({"search": {**SEARCH, "spaces": {"low": {"x": {"choices": []}}}}}, "got {'choices': []}."),
@@ -123,6 +144,7 @@ def test_a_file_that_is_no_study_ends_in_one_line(mistake: str, tmp_path: Path, 
         (["tiny.yaml", "--script", "other.py"], "found no script 'other.py'"),
         (["tiny.yaml", "--output_dir", "full"], "--output_dir: expected the folder of this study, an empty folder"),
         (["tiny.yaml", "--report_only"], "'runs/tiny' has no complete test run, so there is nothing to report."),
+        (["tiny.yaml", "--report_only", "--dry_run"], "expected --report_only or --dry_run, got both"),
         (["tiny.yaml", "--storage", "nonsense"], "--storage: expected the URL of a database that answers"),
         (["tiny.yaml", "--storage", "oracle://host/x"], "--storage: the driver of this database is not installed"),
     ],

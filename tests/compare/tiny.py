@@ -30,11 +30,13 @@ def main() -> None:
     while arguments.gate and not arguments.gate.exists():
         time.sleep(0.02)
     if arguments.mode == "refuse":
-        parser.error("--mode: refused.")
+        parser.error("--mode: refused, " + "as it is on this long list, " * 30)
     if arguments.mode == "fail":
         raise RuntimeError("out of ideas")
     if arguments.mode == "kill":
         os.kill(os.getpid(), 9)
+    if arguments.mode == "diverge":
+        print(*(f"step {step}" for step in range(30)), sep="\n")
     score = math.nan if arguments.mode == "diverge" else arguments.seed - (arguments.x - 0.3) ** 2 * arguments.size
     metrics = {"versions": {"tiny": "1.0"}, "is_tiny": True, "layers": arguments.layers}
     if arguments.mode == "environment":

@@ -146,6 +146,9 @@ def test_tokens_without_a_label_are_ignored() -> None:
     padded, of_padded = torch.full((4, 9, 5), math.nan), torch.full((4, 9), -100)
     padded[:, :6], of_padded[:, :6] = logits.view(4, 6, 5), labels.view(4, 6)
     assert calibration_metrics(padded, of_padded) == expected
+    classes = torch.randn(300, 200)
+    numbers = (torch.arange(300) % 200).to(torch.uint8)  # Among them 156, which -100 would wrap to.
+    assert calibration_metrics(classes, numbers) == calibration_metrics(classes, numbers.long())
     own = score_items(padded, of_padded.where(of_padded >= 0, -1), ignore_index=-1)
     assert calibration_metrics(own) == expected
 

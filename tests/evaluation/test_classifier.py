@@ -242,6 +242,9 @@ def test_samples_without_a_label_are_ignored() -> None:
     ignored = batches[2] | {"labels": torch.full_like(batches[2]["labels"], -100)}
     partial = evaluate_classifier(model, [*batches[:2], ignored]).metrics
     assert (partial["accuracy"], partial["samples"]) == (whole["accuracy"], 10)
+    attacks = {"attacked_samples": 6, "normalization": NORMALIZATION}
+    attacked = [evaluate_classifier(model, of, **attacks).metrics for of in (batches[:2], [ignored, *batches[:2]])]
+    assert attacked[0]["robustness"] == attacked[1]["robustness"]
     with pytest.raises(ValueError, match="at least one item with a label"):
         evaluate_classifier(model, [ignored])
 
@@ -295,6 +298,7 @@ def test_bad_input() -> None:
         (lambda: evaluate_classifier(broken, images()), "NaN"),
         (lambda: evaluate_classifier(model, images(), attacked_samples=3), "normalization"),
         (lambda: evaluate_classifier(model, images(), attacked_samples=3, epsilon=0), "above 0, got 0"),
+        (lambda: evaluate_classifier(model, images(), attacked_samples=3, epsilon=8), "at most 1 for images, got 8"),
         (lambda: evaluate_classifier(model, images(), epsilon=0.1), "needs `attacked_samples`"),
         (lambda: evaluate_classifier(model, [images()[0] | {"labels": torch.full((5,), 9)}]), r"\[0, 3\)"),
     ]

@@ -1,9 +1,11 @@
 """Attention statistics and gradient noise match their definitions, and measuring does not change the model."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -26,6 +29,8 @@ from hf_attentiondrop import AffineScaledConfig, AttentionSinkConfig
 from hf_attentiondrop.evaluation.callback import DiagnosticsCallback
 from hf_attentiondrop.evaluation.diagnostics import attention_statistics
 from hf_attentiondrop.evaluation.gradients import gradient_noise, gradient_norms
+from hf_attentiondrop.evaluation.maps import attention_maps
+from hf_attentiondrop.evaluation.running import random_state_kept
 
 
 SMALL = {
@@ -145,6 +150,50 @@ def test_all_stacks_of_an_encoder_decoder() -> None:
         "decoder_attentions": ((3, 2), 8),
         "cross_attentions": ((3, 2), 8),
     }
+
+
+def test_all_random_states_are_kept() -> None:
+    def draws() -> tuple[float, ...]:
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def seed() -> None:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    model = bert()
+    seed()
+    expected = draws()
+    seed()
+    with random_state_kept(model):
+        draws()
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("model_class", [MarianMTModel, T5ForConditionalGeneration])
+@pytest.mark.parametrize("names", [{"labels"}, {"labels", "decoder_input_ids"}])
+def test_labels_are_the_inputs_of_a_decoder(model_class: type[PreTrainedModel], names: set[str]) -> None:
+    small = {"d_model": 32, "vocab_size": 50, "pad_token_id": 0, "decoder_start_token_id": 0}
+    if model_class is MarianMTModel:
+        small |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    else:
+        small |= {"d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = model_class(model_class.config_class(**small))
+    labels = IDS[:, :4].clone()
+    labels[1, 2:] = -100
+    batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels}
+    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    given = {name: value for name, value in batch.items() if name in {"input_ids", "attention_mask"} | names}
+    expected = {name: value for name, value in batch.items() if name != "labels"}
+    expected["decoder_attention_mask"] = (labels != -100).long()
+    found, wanted = (attention_statistics(model, [of]) for of in (given, expected))
+    assert wanted["decoder_attentions"].queries == wanted["cross_attentions"].queries == 6
+    assert {name: of.metrics() for name, of in found.items()} == {name: of.metrics() for name, of in wanted.items()}
+    model.set_attn_implementation("attentiondrop")
+    for kind in ("decoder_self", "cross"):
+        maps = [attention_maps(model, of, kind=kind, sample=1).weights for of in (given, expected)]
+        assert maps[0].shape[1] == 2
+        assert torch.equal(*maps)
 
 
 def test_layers_with_different_heads() -> None:
