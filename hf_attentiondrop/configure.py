@@ -38,8 +38,8 @@ def configure(model: Any, attention_drop: PerturbationLike | Sequence[Perturbati
         model: a Transformers model that uses `attn_implementation="attentiondrop"` or a learned method, or a
             wrapper around one (PEFT, DDP). A compiled model does not recompile for another `p` or `sigma_max`.
         attention_drop: a perturbation such as [`HardMasking`], a dict of its settings, or a list of these, where the
-            first one wraps the others. It is stored in the model's config, including sub-configs, and ends a
-            schedule.
+            first one wraps the others. It is stored in the model's config, including sub-configs, and ends a factor of
+            [`scale_attention_drop`]. The schedule of a running Trainer goes on, with the new values.
 
     Raises:
         ValueError: if no part of the model uses this package, if the configuration selects no attention module, if a

@@ -104,6 +104,23 @@ def test_a_resumed_training_continues_with_its_gains_and_a_schedule(tmp_path: Pa
     assert "| `adaptive strength` | target_entropy 0.3, interval 2 |" in card and "| `schedule` |" in card
 
 
+def test_a_training_can_resume_with_a_target_that_it_did_not_have(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trained(AttentionDropTrainer, AttentionDropTrainingArguments(**options(tmp_path, **saving)))
+    checkpoint = str(tmp_path / "checkpoint-2")
+    _, resumed = trained(AttentionDropTrainer, adaptive(tmp_path, 0.3, **saving), resume_from_checkpoint=checkpoint)
+    assert len(resumed.values) == 2
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_gains_of_other_modules_are_refused(tmp_path: Path) -> None:
+    arguments = adaptive(tmp_path, 0.3, save_strategy="steps", save_steps=2)
+    trained(AttentionDropTrainer, arguments)
+    model = build("bert", num_labels=3, attention_drop={"layers": [0]})
+    with pytest.raises(ValueError, match=r"with these numbers of heads, \[4, 4\], .* modules with \[4\]"):
+        trained(AttentionDropTrainer, arguments, model=model, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("variant", ["blur", "dropkey", "drophead"])
 def test_other_perturbations_adapt_too(variant: str, tmp_path: Path) -> None:
     model = build("bert", num_labels=3, attention_drop={"variant": variant})

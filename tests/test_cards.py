@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_attentiondrop import AttentionDropTrainer
+from hf_attentiondrop import AttentionDropTrainer, DropKey, configure
 from hf_attentiondrop.cli.reporting import evaluate_checkpoint
 
 from .models import build
@@ -146,6 +146,20 @@ def test_a_trained_model_is_called_perturbed_only_if_it_was(tmp_path: Path) -> N
     card = card_of(trainer)
     assert "### AttentionDrop: hard attention masking\n" in card.text and "| `p` | 0.3 |" in card.text
     assert "attentiondrop" in card.data.tags
+
+
+def test_a_method_that_was_configured_after_the_training_did_not_take_part(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert", attention_drop={"p": 0.3}), tmp_path, consistency_weight=0.0)
+    trainer.train()
+    configure(trainer.model, DropKey(p=0.4))
+    trainer.model.set_attn_implementation("sdpa")
+    trainer.model.set_attn_implementation("attentiondrop")
+    card = card_of(trainer)
+    assert "### AttentionDrop: hard attention masking\n" in card.text and "### DropKey (configured)" in card.text
+    assert "attentiondrop" in card.data.tags and "dropkey" not in card.data.tags
+    trainer.train()
+    card = card_of(trainer)
+    assert "### AttentionDrop: hard attention masking\n" in card.text and "### DropKey\n" in card.text
 
 
 def test_a_model_trained_with_the_default_settings_names_the_method(tmp_path: Path) -> None:

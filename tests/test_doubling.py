@@ -37,6 +37,9 @@ def test_inputs_shared_by_all_rows_are_kept() -> None:
         "scalar": torch.tensor(3.0),
     }
     assert all(repeat_rows(values, 2)[name] is value for name, value in values.items())
+    masks = {"full_attention": torch.ones(1, 1, 4, 4), "sliding_attention": torch.ones(2, 1, 4, 4)}
+    repeated = repeat_rows({"attention_mask": masks}, 2)["attention_mask"]
+    assert [len(mask) for mask in repeated.values()] == [1, 4]
     assert repeat_rows({"attention_mask": torch.ones(1, 4)}, 1)["attention_mask"].shape == (2, 4)
 
 

@@ -59,6 +59,7 @@ def test_a_v_shape_turns_where_it_is_told() -> None:
     [
         ({"shape": "linear"}, r"`shape` must be one of \('constant', .*got 'linear'"),
         ({"shape": "linear_up", "start": -1}, "`start` must be a number of optimizer steps, or .*got -1"),
+        ({"shape": "linear_up", "end": math.inf}, "`end` must be a number of optimizer steps, .*got inf"),
         ({"shape": "linear_up", "end": 1.5}, "`end` must be a number of optimizer steps, .*got 1.5"),
         ({"shape": "linear_up", "start": 0.5, "end": 0.5}, "`start` must be before `end`, got 0.5 and 0.5"),
         ({"shape": "linear_up", "start": 20, "end": 10}, "`start` must be before `end`"),
@@ -205,6 +206,24 @@ def test_an_interrupted_training_leaves_the_configured_values(tmp_path: Path) ->
     assert [row.current for row in report(model).rows] == [(0.0,), (0.0,)]
     _, recorder = trained(AttentionDropTrainer, AttentionDropTrainingArguments(**options(tmp_path)), model=model)
     assert recorder.values == [[]] * 4
+
+
+class Reconfigure(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            configure(model, {"p": 0.8})
+
+
+def test_a_new_configuration_is_scaled_by_the_schedule_that_runs(tmp_path: Path) -> None:
+    arguments = options(tmp_path, attention_drop_schedule="linear_up", attention_drop_target_entropy=0.999)
+    arguments |= {"attention_drop_adaptive_interval": 1}
+    trainer, recorder = trained(
+        AttentionDropTrainer, AttentionDropTrainingArguments(**arguments), callbacks=[Reconfigure()]
+    )
+    expected = [0.8 * factor for factor in (0.25, 0.5, 0.75)]
+    assert [max(values[0]) for values in recorder.values[1:]] == pytest.approx(expected, rel=0.02)
+    assert trainer.model.config.attention_drop_schedule["shape"] == "linear_up"
+    assert trainer.model.config.attention_drop_adaptive["target_entropy"] == 0.999
 
 
 def test_a_callback_takes_a_function(tmp_path: Path) -> None:

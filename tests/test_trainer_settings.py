@@ -11,6 +11,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_attentiondrop import consistency_loss
 from hf_attentiondrop.training.arguments import AttentionDropSeq2SeqTrainingArguments, AttentionDropTrainingArguments
 from hf_attentiondrop.training.trainer import (
     AttentionDropSeq2SeqTrainer,
@@ -28,6 +29,9 @@ from .consistency_tasks import (
     tokenizer,
     train,
 )
+
+
+CLASSES = [0.2, 0.3, 0.5]
 
 
 # --- evaluation and prediction
@@ -127,6 +131,44 @@ def test_a_loss_of_two_forward_passes_raises(tmp_path: Any) -> None:
 
     with pytest.raises(ValueError, match="Expected one forward with gradients for one loss, got 2"):
         train("classification", tmp_path, trainer_class=WithConsistency)
+
+
+def test_an_override_that_skips_the_term_raises(tmp_path: Any) -> None:
+    class Weighted(AttentionDropTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, **kwargs: Any) -> Tensor:
+            return nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"], weight=torch.tensor(CLASSES))
+
+    with pytest.raises(ValueError, match="Weighted overrides `compute_loss` without .*, so each batch ran once"):
+        train("classification", tmp_path, trainer_class=Weighted)
+    trainer, _ = train("classification", tmp_path, trainer_class=Weighted, consistency_weight=0.0)
+    assert trainer.state.global_step == 1
+
+    class Halved(AttentionDropTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().compute_loss(*args, **kwargs) / 2
+
+    trainer, _ = train("classification", tmp_path, trainer_class=Halved)
+    assert first_logs(trainer)["consistency_loss"] > 0
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", None])
+def test_soft_labels_are_compared_as_the_config_says(problem_type: str | None, tmp_path: Any) -> None:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        captured.append(outputs.logits.detach())
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    captured: list[Tensor] = []
+    examples = [{**row, "labels": torch.rand(len(CLASSES)).softmax(-1).tolist()} for row in rows("classification")]
+    model = build_model("classification")
+    model.config.problem_type = problem_type
+    settings: dict[str, Any] = {"model": model, "examples": examples, "trainer_kwargs": {"compute_loss_func": loss}}
+    if problem_type is None:
+        with pytest.raises(ValueError, match="Set `config.problem_type` to"):
+            train("classification", tmp_path, **settings)
+        return
+    trainer, _ = train("classification", tmp_path, **settings)
+    expected = consistency_loss(captured[0], problem_type=problem_type).item()
+    assert first_logs(trainer)["consistency_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_input_of_unknown_layout_raises_with_its_name(tmp_path: Any) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..attention.modules import attention_modules
 from ..methods.card import MethodCard
-from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY, Perturbation
+from ..methods.method import ADAPTIVE_KEY, SCHEDULE_KEY
 from ..report import report
 
 
@@ -24,20 +24,16 @@ def cards_of(model: PreTrainedModel) -> Iterator[MethodCard]:
     """
     rows = {row.name: row for row in report(model).rows}
     modules = [(rows[name], module) for name, module in attention_modules(model) if name in rows]
-    perturbations: dict[Perturbation, bool] = {}
-    for row, module in modules:
-        if row.calls or row.applied:
-            state = module.attention_drop_state
-            for perturbation in state.perturbations:
-                if perturbation.acts_at(state.place):
-                    # The implementation may have been switched on, or off, after the training; the counter tells.
-                    perturbations[perturbation] = perturbations.get(perturbation, False) or row.calls > 0
+    states = [module.attention_drop_state for row, module in modules if row.calls or row.applied]
+    # The implementation may have been switched on, or off, after the training, and the configuration replaced.
+    applied = dict.fromkeys(perturbation for state in states for perturbation in state.applied)
+    configured = dict.fromkeys(perturbation for state in states for perturbation, _ in state.active)
     records = {name: getattr(model.config, key, None) for key, name in RECORDS.items()}
-    for perturbation, was_applied in perturbations.items():
+    for perturbation in applied | configured:
         for card in perturbation.cards():
-            if not was_applied:
+            if perturbation not in applied:
                 card = _as_configured(card)
-            yield _as_scheduled(card, perturbation.scheduled, records)
+            yield _as_scheduled(card, perturbation.scheduled, records) if perturbation in configured else card
     for method in dict.fromkeys(module.reweighting.config for row, module in modules if row.reweighting):
         yield from method.cards()
 

@@ -111,9 +111,7 @@ def place_running(model: PreTrainedModel) -> list[nn.Module]:
         if previous is None or previous.config is not governing or previous.place != place:
             state = ModuleState(governing, place)
             if previous is not None:
-                state.calls, state.base = previous.calls, previous.base
-                state.configure(previous.perturbations)
-                state.scale(previous.factor, previous.gains)
+                state.take_over(previous)
             module.attention_drop_state = state
         module.attention_drop_state.governor = weakref.ref(holders[name].owner)
         module.attention_drop_state.owner = type(model).__name__

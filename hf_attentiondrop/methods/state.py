@@ -48,6 +48,8 @@ class ModuleState:
             configuration is checked for all of them together.
         perturbations: all configured perturbations, including those that select other modules.
         active: the perturbations that act on the module, each with its current value.
+        earlier: the perturbations that acted in calls before the current ones were configured.
+        calls_before: the number of these calls.
 
     `calls` and the values are tensors, because `torch.compile` would treat numbers as constants and recompile when
     they change.
@@ -68,6 +70,8 @@ class ModuleState:
     peers: "list[ModuleState]" = field(default_factory=list, repr=False)
     perturbations: tuple[Perturbation, ...] = ()
     active: tuple[tuple[Perturbation, Tensor], ...] = ()
+    earlier: tuple[Perturbation, ...] = ()
+    calls_before: int = 0
     _values: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,6 +110,7 @@ class ModuleState:
 
     def configure(self, perturbations: Sequence[Perturbation]) -> None:
         """Sets the configured perturbations, without a schedule or gains."""
+        self.earlier, self.calls_before = self.applied, int(self.calls)
         self.perturbations = tuple(perturbations)
         self.scale(None)
 
@@ -128,6 +133,19 @@ class ModuleState:
         if self.factor is not None:
             scaled = scaled * self.factor
         return scaled
+
+    def take_over(self, previous: "ModuleState") -> None:
+        """Continues the state of the same module under another config."""
+        self.calls, self.base = previous.calls, previous.base
+        self.configure(previous.perturbations)
+        self.earlier, self.calls_before = previous.earlier, previous.calls_before
+        self.scale(previous.factor, previous.gains)
+
+    @property
+    def applied(self) -> tuple[Perturbation, ...]:
+        """The perturbations that have acted in calls, also if others are configured now."""
+        current = [perturbation for perturbation, _ in self.active] if self.calls > self.calls_before else []
+        return tuple(dict.fromkeys((*self.earlier, *current)))
 
     @property
     def is_scaled(self) -> bool:

@@ -88,9 +88,9 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         self.gains, self.entropy = attributes.get("gains", start), attributes.get("entropy")
         self.is_running = True
         self._apply(states)
-        for base in transformers_models(model).values():
-            record = {"target_entropy": self.target_entropy, "interval": self.interval}
-            setattr(base.config, ADAPTIVE_KEY, record)
+        self._record(model)
+        # Transformers saves the state of each callback in the place of that of the checkpoint.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_step_begin(
         self,
@@ -102,6 +102,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
     ) -> None:
         if state.global_step % self.interval == 0:
             self._measuring = perturbed_states(model, "an adaptive strength")
+            self._record(model)  # A new configuration removes it.
             for module_state in self._measuring:
                 module_state.meter = EntropyMeter(ROWS)
 
@@ -158,7 +159,18 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
                 module_state.scale(module_state.factor)
                 module_state.meter = None
 
+    def _record(self, model: nn.Module | None) -> None:
+        for base in transformers_models(model).values():
+            setattr(base.config, ADAPTIVE_KEY, {"target_entropy": self.target_entropy, "interval": self.interval})
+
     def _apply(self, states: list[ModuleState]) -> None:
+        heads, expected = [module_state.place.num_heads for module_state in states], list(map(len, self.gains))
+        if heads != expected:
+            raise ValueError(
+                "The adaptive strength has gains for perturbed modules with these numbers of heads, "
+                f"{expected}, and the model perturbs modules with {heads}. A checkpoint, or the training so far, "
+                "perturbed other modules. Select the same ones, or start a new training."
+            )
         for module_state, gains in zip(states, self.gains, strict=True):
             module_state.meter = None
             module_state.scale(module_state.factor, torch.tensor(gains, dtype=torch.float64))

@@ -34,7 +34,8 @@ class ConsistencyArguments:
             less time; needs perturbations of upper layers only, and no dropout below them.
 
     Raises:
-        ValueError: if a value is out of range, or without effect.
+        ValueError: if a value is out of range, or the shared trunk would have no effect. Without a weight the other
+            settings wait for one.
 
     Example:
 

@@ -216,7 +216,9 @@ class ConsistencyBatch:
             is_multi_label = labels.is_floating_point()
             problem_type = "multi_label_classification" if is_multi_label else "single_label_classification"
         is_categorical = problem_type == "single_label_classification"
-        weights = self._repeated_rows(labels.reshape(-1).ne(IGNORE_INDEX)) if is_categorical else None
+        # Floating-point labels are probabilities, of every row.
+        has_classes = is_categorical and not labels.is_floating_point()
+        weights = self._repeated_rows(labels.reshape(-1).ne(IGNORE_INDEX)) if has_classes else None
         return consistency_loss(logits, weights, divergence, problem_type, self.rows)
 
     def _answer_losses(self, outputs: Mapping[str, Any]) -> Tensor:

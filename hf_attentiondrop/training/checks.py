@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import Trainer
 
@@ -42,6 +43,36 @@ def check_trainer(trainer: Trainer, alignment: LabelAlignment) -> None:
         raise ValueError(
             "Label smoothing does not work with prompt tuning: Transformers ignores the logits of the virtual tokens "
             f"when it smooths, so logits and labels do not line up. Set `label_smoothing_factor=0`, {remedy}."
+        )
+
+
+def check_override(trainer: Trainer, has_run_twice: bool) -> None:
+    """Checks after the forward of a micro-batch that a subclass did not replace the loss with the consistency term.
+
+    Raises:
+        ValueError: if the batch did not run twice.
+    """
+    if not has_run_twice:
+        raise ValueError(
+            f"{type(trainer).__name__} overrides `compute_loss` without calling that of its base class, so each batch "
+            f"ran once, and `consistency_weight={trainer.args.consistency_weight}` has no effect. Write the override "
+            "in a Trainer of its own and put the mixin in front, `class WithConsistency(ConsistencyTrainerMixin, "
+            "MyTrainer)`, or pass `compute_loss_func`."
+        )
+
+
+def check_labels(labels: Any, model: Any) -> None:
+    """Checks that a loss function of the user leaves no doubt about what the probabilities are.
+
+    Raises:
+        ValueError: for floating-point labels of several classes, and a config without `problem_type`.
+    """
+    is_soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2 and labels.shape[-1] > 1
+    if is_soft and getattr(model.config, "problem_type", None) is None:
+        raise ValueError(
+            "Expected the model's config to name its `problem_type`, since labels that are floating-point numbers "
+            "may be probabilities of the classes or of independent labels, and `compute_loss_func` does not say "
+            'which. Set `config.problem_type` to "single_label_classification" or "multi_label_classification".'
         )
 
 

@@ -102,7 +102,9 @@ class _Repetition:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (dict, ModelOutput)):
-            return type(value)(**{key: self.of_value(key, item) for key, item in value.items()})
+            # Masks by the kind of attention are masks, too.
+            names = {key: name if name in BROADCAST_INPUTS else key for key in value}
+            return type(value)(**{key: self.of_value(names[key], item) for key, item in value.items()})
         if isinstance(value, tuple) and all(isinstance(item, Tensor) for item in value):
             return tuple(self.of_tensor(name, item) for item in value)
         if isinstance(value, list) and len(value) == self.batch_size:

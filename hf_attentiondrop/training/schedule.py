@@ -65,7 +65,7 @@ class AttentionDropSchedule(Config):
         for name in ("start", "end"):
             self._check(
                 name,
-                lambda value: is_number(value) and (0 <= value <= 1 or (value > 1 and value == int(value))),
+                lambda value: is_number(value) and (0 <= value <= 1 or (1 < value < math.inf and value == int(value))),
                 "a number of optimizer steps, or a fraction of all steps in [0, 1]",
                 "It bounds the schedule.",
             )

@@ -111,8 +111,8 @@ class AttentionDropScheduleCallback(TrainerCallback):
                 # The callback of a Trainer runs before others, which record what they do.
                 for key in (SCHEDULE_KEY,) if self.given else (SCHEDULE_KEY, ADAPTIVE_KEY):
                     config.__dict__.pop(key, None)
-            if not is_constant:
-                setattr(base.config, SCHEDULE_KEY, self.schedule.record(state.max_steps))
+        if not is_constant:
+            self._record(model, state)
 
     def on_step_begin(
         self,
@@ -124,6 +124,7 @@ class AttentionDropScheduleCallback(TrainerCallback):
     ) -> None:
         if self.schedule.shape != "constant":
             self._scale(model, self.schedule.factor(state.global_step, state.max_steps))
+            self._record(model, state)  # A new configuration removes it.
 
     def on_log(
         self,
@@ -150,6 +151,10 @@ class AttentionDropScheduleCallback(TrainerCallback):
         """Ends the schedule, if it runs: the configured values hold again."""
         if self.factor is not None:
             self._scale(model, None)
+
+    def _record(self, model: nn.Module | None, state: TrainerState) -> None:
+        for base in transformers_models(model).values():
+            setattr(base.config, SCHEDULE_KEY, self.schedule.record(state.max_steps))
 
     def _scale(self, model: nn.Module | None, factor: float | None) -> None:
         scale_attention_drop(model, factor)

@@ -16,7 +16,7 @@ from .alignment import LabelAlignment
 from .arguments import CONSISTENCY_DEFAULTS, resolve_consistency
 from .batch import ConsistencyBatch
 from .card import consistency_card
-from .checks import check_trainer, warn_without_method, warn_without_randomness
+from .checks import check_labels, check_override, check_trainer, warn_without_method, warn_without_randomness
 from .dropconnect import dropconnect_card, dropconnect_of
 from .losses import NO_DIVERGENCE
 from .outputs import ForwardRecorder, averaging_over
@@ -61,7 +61,8 @@ class ConsistencyTrainerMixin(TrainerBase):
 
     Raises:
         ValueError: for values out of range, and for unsupported settings (`nn.DataParallel`, context and sequence
-            parallelism, prompt tuning with label smoothing).
+            parallelism, prompt tuning with label smoothing); in the first step, for a subclass that overrides
+            `compute_loss` without calling this one.
 
     Example:
 
@@ -86,6 +87,7 @@ class ConsistencyTrainerMixin(TrainerBase):
         self._component_sums: Tensor | None = None
         self._trunk: SharedTrunk | None = None
         self._has_checked_randomness = self._has_checked_method = False
+        self._has_run_twice = False
         if self.args.consistency_weight > 0:
             check_trainer(self, self._alignment)
         if self.args.consistency_shared_trunk:
@@ -108,6 +110,9 @@ class ConsistencyTrainerMixin(TrainerBase):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        self._has_run_twice = True
+        if self.compute_loss_func is not None:
+            check_labels(inputs.get("labels"), self._core_model)
         batch = self._make_batch(inputs).sample_rows(self.args.consistency_fraction if self._has_term else 0.0)
         # Without the number of items every head returns the mean over its micro-batch, whether or not it supports that
         # argument. The shares below weight that mean.
@@ -140,11 +145,14 @@ class ConsistencyTrainerMixin(TrainerBase):
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
+        self._has_run_twice = False
         try:
             with self._sharing_trunk():
-                return super().training_step(*args, **kwargs)
+                loss = super().training_step(*args, **kwargs)
         finally:
             setattr(self, SCALING, stock)
+        check_override(self, self._has_run_twice)
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -45,6 +45,18 @@ def weights(
     return dropkey_attention(torch.zeros_like(query), key, value, case.mask(), **options).transpose(1, 2)
 
 
+def test_p_may_change_before_the_backward_pass() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in CASES_BY_NAME["none"].tensors())
+    p = torch.tensor(0.5, dtype=torch.float64)
+    gradients = []
+    for later in (0.5, 0.1):
+        torch.manual_seed(0)
+        output = dropkey_attention(query, key, value, p=p.fill_(0.5))
+        p.fill_(later)
+        gradients.append(torch.autograd.grad(output.sum(), query)[0])
+    assert torch.equal(*gradients)
+
+
 def attend(
     name: str, p: float, dropout: float = 0.0, axis: str = "score"
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:

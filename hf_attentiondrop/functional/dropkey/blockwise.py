@@ -75,7 +75,7 @@ def dropkey_attention(
     check_axis(axis)
     check_constant_mask(mask, "Detach the mask, or add it to attention_scores and mask those by sample_key_mask.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    p = torch.as_tensor(p, dtype=torch.float64)
+    p = torch.as_tensor(p, dtype=torch.float64).clone()  # A schedule may change it before the backward pass.
     # Drawn outside of the operator, where activation checkpointing and compiled graphs can repeat it.
     columns = None
     if axis == "column":
