@@ -139,7 +139,7 @@ def set_base_attention(model: Any, attn_implementation: str) -> None:
 
     The masks of SDPA are translated: FlashAttention supports padding, causal order, sliding windows and packed
     documents in self-attention, FlexAttention any boolean mask. SDPA still computes calls whose mask the kernel cannot
-    express, masking of high scores (`variant="hard"`) and learned sinks. The choice is not saved, like any attention
+    express, hard masking and DropKey in training, and learned sinks. The choice is not saved, like any attention
     implementation.
 
     Args:

@@ -9,6 +9,8 @@ that broadcasts over batch or heads. A visibility mask is boolean and true where
 from .affine import ACTIVATIONS, BIAS_LENGTHS, INITS, affine_bias, affine_scale, rescale_output, rescale_weights
 from .block_mask import block_mask
 from .blur import blur_keys, gaussian_window
+from .dropconnect import drop_weights
+from .drophead import sample_head_scale
 from .dropkey.blockwise import dropkey_attention
 from .dropkey.flex import flex_dropkey_attention
 from .dropkey.masking import AXES, sample_key_mask
@@ -43,6 +45,7 @@ __all__ = [
     "block_mask",
     "blur_keys",
     "boolean_mask",
+    "drop_weights",
     "dropkey_attention",
     "expand_heads",
     "flex_dropkey_attention",
@@ -60,6 +63,7 @@ __all__ = [
     "query_offset",
     "rescale_output",
     "rescale_weights",
+    "sample_head_scale",
     "sample_key_mask",
     "sample_masked_ranks",
     "sample_masked_scores",
