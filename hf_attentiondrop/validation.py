@@ -30,11 +30,9 @@ class Config:
         Plain values can be written to config.json, and tuples keep the configuration immutable and comparable.
         """
         for field in fields(self):  # type: ignore[arg-type]  # Every subclass is a dataclass.
-            value = getattr(self, field.name)
-            if hasattr(value, "tolist"):
-                value = value.tolist()
+            value = plain(getattr(self, field.name))
             if field.name in sequences and isinstance(value, (list, tuple, range)):
-                value = tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
+                value = tuple(map(plain, value))
             object.__setattr__(self, field.name, value)
 
     @classmethod
@@ -103,6 +101,11 @@ def article(name: str) -> str:
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or torch as one of Python, an array as a list; others as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_number(value: Any) -> bool:

@@ -95,6 +95,11 @@ class TextDataArguments(FileArguments):
         },
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 2:
+            raise ValueError(f"--block_size: expected at least 2, got {self.block_size}: a token predicts the next.")
+
 
 @dataclass
 class LanguageModelTrainingArguments(RunArguments, AttentionDropTrainingArguments):

@@ -62,7 +62,7 @@ from shared.evaluation import (
     measure_classifier,
 )
 from shared.images import check_images, load_image_folders
-from shared.labels import LabelledArguments, add_label_noise
+from shared.labels import LabelledArguments, add_label_noise, number_as_saved
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -171,13 +171,15 @@ def load_image_processor(arguments: ImageModelArguments) -> BaseImageProcessor:
     return load_processor(AutoImageProcessor, arguments)
 
 
-def load_model(arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str]) -> PreTrainedModel:
+def load_model(
+    arguments: ImageModelArguments, attention: dict[str, Any], class_names: list[str], has_new_head: bool
+) -> PreTrainedModel:
     """Builds the model, from a checkpoint or from scratch, with a head for these classes."""
     classes = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if arguments.model_name_or_path:
-        # Only the head is initialized anew: one for other classes has another shape.
-        options = {**classes, **attention}
-        return load_pretrained(AutoModelForImageClassification, arguments, has_new_head=True, **options)
+        # A head for other classes has another shape.
+        options = {**classes, **attention, "has_new_head": has_new_head}
+        return load_pretrained(AutoModelForImageClassification, arguments, **options)
     config = ViTConfig(
         image_size=arguments.image_size,
         patch_size=arguments.patch_size,
@@ -227,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
             data, noise = add_label_noise(data, data_args, training_args.seed)
         processor = load_image_processor(model_args)
-        model = load_model(model_args, attention, data["train"].features[data_args.label_column].names)
+        data = number_as_saved(data, data_args, model_args, not training_args.has_new_head)
+        class_names = data["train"].features[data_args.label_column].names
+        model = load_model(model_args, attention, class_names, training_args.has_new_head)
         with naming_flag("--model_name_or_path"):
             check_channels(processor, model.config)
         channels = channels_of(model.config)

@@ -48,7 +48,7 @@ from shared.evaluation import (
     final_evaluation,
     measure_classifier,
 )
-from shared.labels import LabelledArguments, add_label_noise
+from shared.labels import LabelledArguments, add_label_noise, number_as_saved
 from shared.model import from_scratch, load_pretrained, load_processor
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
@@ -167,6 +167,7 @@ def load_model(
     attention: dict[str, Any],
     class_names: list[str],
     tokenizer: PreTrainedTokenizerBase,
+    has_new_head: bool,
 ) -> PreTrainedModel:
     """Builds the model, from a checkpoint or from scratch, with a head for these classes."""
     options = {
@@ -177,8 +178,8 @@ def load_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if arguments.model_name_or_path:
-        # Only the head is initialized anew: one for other classes has another shape.
-        return load_pretrained(AutoModelForSequenceClassification, arguments, has_new_head=True, **options)
+        # A head for other classes has another shape.
+        return load_pretrained(AutoModelForSequenceClassification, arguments, has_new_head=has_new_head, **options)
     config = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -230,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
             data, noise = add_label_noise(data, data_args, training_args.seed)
             tokenizer = load_tokenizer(model_args, data_args, data)
+        data = number_as_saved(data, data_args, model_args, not training_args.has_new_head)
         class_names = data["train"].features[data_args.label_column].names
-        model = load_model(model_args, attention, class_names, tokenizer)
+        model = load_model(model_args, attention, class_names, tokenizer, training_args.has_new_head)
         parser.cap(data_args, "max_length", min(tokenizer.model_max_length, longest_text(model)))
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, data_args)

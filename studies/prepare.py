@@ -7,7 +7,7 @@ Nothing is downloaded. Get the sources named in studies/README.md, then name wha
     python studies/prepare.py --multi30k dataset/data/task1/raw
     python studies/prepare.py --shakespeare char-rnn/data/tinyshakespeare/input.txt
 
-Files that differ from those that the results were measured on are refused.
+Texts and the ViT are refused if they differ from those that the results were measured on.
 """
 
 import argparse
@@ -158,6 +158,8 @@ def checked(path: Path) -> bytes:
     """Reads a file, or its gzip, and checks that it is the one of the studies."""
     packed = path.with_name(f"{path.name}.gz")
     content = path.read_bytes() if path.exists() or not packed.exists() else gzip.decompress(packed.read_bytes())
+    if path.name not in SHA256:
+        raise ValueError(f"expected a file named as in its source, one of {', '.join(SHA256)}, got {path.name!r}.")
     if hashlib.sha256(content).hexdigest() != SHA256[path.name]:
         raise ValueError(
             f"{path} differs from the file that the results were measured on (its SHA-256 is another): check out the "

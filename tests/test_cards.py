@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import BertConfig, EncoderDecoderConfig, ViTImageProcessorPil
 
 from hf_attentiondrop import AttentionDropTrainer, DropKey, configure
 from hf_attentiondrop.cli.reporting import evaluate_checkpoint
+from hf_attentiondrop.hub.run import _describe_dropout
 
 from .models import build
 from .recipe_runs import load
@@ -60,6 +62,32 @@ def test_a_card_counts_the_samples_that_were_evaluated(tmp_path: Path) -> None:
     assert tables(card_of(trainer).text)["Evaluation"] == ["4"]
     trainer.evaluate()
     assert tables(card_of(trainer).text)["Evaluation"] == ["3"]
+
+
+def test_a_card_keeps_evaluation_and_test_apart(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path)
+    trainer.evaluate()
+    samples = len(trainer.eval_dataset)
+    trainer.evaluate([*trainer.train_dataset] * 3, metric_key_prefix="test")
+    assert tables(card_of(trainer).text)["Evaluation"] == [str(samples)]
+
+
+def test_a_card_takes_metrics_of_numpy_and_torch_and_plots_of_any_name(tmp_path: Path) -> None:
+    trainer = trainer_of(build("bert"), tmp_path)
+    (tmp_path / "plots").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "plots" / "roc (1).png")
+    metrics = {"eval_accuracy": np.float32(0.9), "test_accuracy": torch.tensor(0.5)}
+    trainer.create_model_card(metrics=metrics, plots=["plots/roc (1).png"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert tables(card.text)["Accuracy"][0] == "0.9" and "0.5" in card.text
+    assert "![Roc (1)](plots/roc%20%281%29.png)" in card.text
+
+
+def test_the_dropout_of_all_parts_is_on_the_card() -> None:
+    parts = BertConfig(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0), BertConfig(hidden_dropout_prob=0.2)
+    described = _describe_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+    assert described == "hidden_dropout_prob 0.1; attention_probs_dropout_prob 0.1, hidden_dropout_prob 0.2"
+    assert _describe_dropout(parts[0]) == "hidden_dropout_prob 0.1"
 
 
 def test_a_card_shows_the_evaluations_of_several_data_sets(tmp_path: Path) -> None:

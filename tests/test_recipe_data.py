@@ -271,6 +271,22 @@ def test_unusable_test_data_and_draws_are_errors(
             "the test data has classes that are not in the training data: maybe.",
         ),
         ("text_classification", [*data, "--test_file", train], "--test_file: expected data for the test alone, got"),
+        (
+            "text_classification",
+            [*data, "--validation_file", train],
+            "--validation_file: expected data for the evaluation alone, got",
+        ),
+        ("causal_lm", ["--block_size", 1], "--block_size: expected at least 2, got 1"),
+        (
+            "text_classification",
+            ["--dtype", "float32"],
+            "--dtype float32 would have no effect without --model_name_or",
+        ),
+        (
+            "text_classification",
+            ["--dtype", "half"],
+            "--dtype: expected one of float32, bfloat16, float16, auto, got half",
+        ),
         ("text_classification", [*data, "--test_file", tmp_path / "no.csv"], "--test_file: expected an existing path"),
         ("text_classification", ["--test_file", other], "--test_file needs --train_file, which is missing."),
         (

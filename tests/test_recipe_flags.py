@@ -55,6 +55,7 @@ def argument_types(recipe: ModuleType) -> tuple[type, ...]:
             "attention_reweighting",
         ),
         ({**HARD, "layers": [0]}, ["--variant", "blur"], {"variant": "blur", "layers": [0]}, "p, k"),
+        ({"variant": "dropkey", "p": 0.4, "axis": "column"}, ["--variant", "hard"], {"variant": "hard"}, "p, axis"),
     ],
 )
 def test_file_settings_apply_only_to_the_method_of_the_file(

@@ -130,7 +130,8 @@ def test_tokenizer_is_the_same_in_every_process(checkpoint: Path, learned: tuple
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_local_files(recipe: ModuleType, tmp_path: Path, suffix: str) -> None:
-    files = [write(tmp_path / f"{name}.{suffix}", rows(count)) for name, count in (("train", 40), ("held_out", 12))]
+    # As in a pattern of names.
+    files = [write(tmp_path / f"{name}[1].{suffix}", rows(count)) for name, count in (("train", 40), ("held_out", 12))]
     flags = ["--train_file", str(files[0]), "--validation_file", str(files[1]), *COLUMNS]
     data = recipe.load_data(recipe.TextDataArguments(**{flags[i][2:]: flags[i + 1] for i in range(0, len(flags), 2)}))
     assert data["train"]["note"][:] == [row["note"] for row in rows()]
@@ -187,6 +188,57 @@ def test_model_folder_is_fine_tuned_for_other_classes(recipe: ModuleType, checkp
     assert AutoTokenizer.from_pretrained(second).get_vocab() == AutoTokenizer.from_pretrained(first).get_vocab()
     # Transformers' default for fine-tuning, not the one for training from scratch.
     assert "weight_decay" not in yaml.safe_load((second / "run.yaml").read_text())
+
+
+def saved_classifier(checkpoint: Path, folder: Path, names: list[str], predicted: str) -> Path:
+    """A copy of the checkpoint with a head that predicts one class, in bfloat16."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("checkpoint-*", "plots", "*.safetensors"))
+    config = AutoConfig.from_pretrained(checkpoint, id2label=dict(enumerate(names)))
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data[names.index(predicted)] = 9.0
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("names", [["tool", "fruit"], ["tool", "other", "fruit"]])
+def test_saved_classifier_keeps_its_classes(
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path, names: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = saved_classifier(checkpoint, tmp_path / "model", names, "tool")
+    files = [write(tmp_path / "train.csv", rows()), write(tmp_path / "tools.csv", rows()[1::2])]
+    assert {row["kind"] for row in rows()[1::2]} == {"tool"}
+    flags = ["--train_file", str(files[0]), "--validation_file", str(files[1]), *COLUMNS, "--max_length", "32"]
+    evaluation = ["--model_name_or_path", str(model), "--do_train", "false", *flags]
+    recipe.main([*evaluation, "--output_dir", str(tmp_path / "out")])
+    assert read(tmp_path / "out", "metrics.json")["eval_accuracy"] == 1.0
+
+    others = write(tmp_path / "others.csv", [{**row, "kind": f"{row['kind']}s"} for row in rows()])
+    line = error_line(
+        recipe, capfd, *evaluation[:4], "--train_file", others, *COLUMNS, "--output_dir", tmp_path / "others"
+    )
+    assert "expected a classifier for the classes of the data, fruits, tools, got one for tool" in line
+    encoder = tmp_path / "encoder"
+    shutil.copytree(model, encoder)
+    AutoModelForSequenceClassification.from_pretrained(model).bert.save_pretrained(encoder)
+    line = error_line(
+        recipe, capfd, *["--model_name_or_path", encoder, *evaluation[2:]], "--output_dir", tmp_path / "others"
+    )
+    assert "would be initialized at random" in line
+
+
+def test_half_precision_is_trained_in_float32_and_an_earlier_model_goes(
+    recipe: ModuleType, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = saved_classifier(checkpoint, tmp_path / "model", CLASSES, "tool")
+    flags = ["--model_name_or_path", str(model), "--train_file", str(write(tmp_path / "train.csv", rows())), *COLUMNS]
+    flags += [*FINE_TUNING, *NO_EVALUATION, "--max_length", "32", "--output_dir", str(tmp_path / "out")]
+    recipe.main(flags)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.float32
+    recipe.main([*flags, "--dtype", "auto", "--overwrite_output_dir"])
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    recipe.main([*flags, "--save_model", "false", "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_consistency_arguments_reach_the_trainer(recipe: ModuleType, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from ..validation import Config, is_integer, is_number, suggestion
+from ..validation import Config, is_integer, is_number, plain, suggestion
 
 
 RESULTS_FILE = "results.jsonl"
@@ -132,7 +132,7 @@ class Run:
         for name, kind in (("method", str), ("seed", int), ("trial", int), ("arguments", dict), ("metrics", dict)):
             if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
                 raise ValueError(f"{who}: `{name}` must be of type {kind.__name__}, got {value!r}.")
-        object.__setattr__(self, "metrics", {name: _plain(value) for name, value in self.metrics.items()})
+        object.__setattr__(self, "metrics", {name: plain(value) for name, value in self.metrics.items()})
         for name, known in (("phase", ("tune", "test")), ("state", ("complete", "failed"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{who}: `{name}` must be one of {known}, got {getattr(self, name)!r}.")
@@ -155,11 +155,6 @@ class Run:
     def to_json(self) -> str:
         """Returns the run as one line of JSON."""
         return json.dumps(asdict(self), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of NumPy or torch as a Python number; others as they are."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def read_runs(path: str | Path) -> list[Run]:

@@ -1,6 +1,7 @@
 """Data sets from files or the Hub, their columns and their values, with errors that say what cannot be read."""
 
 from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def load_splits(name: str, *arguments: str | None, **options: Any) -> Any:
         if arguments[:1] in (("json",), ("text",)):
             for path in files.values() if isinstance(files, Mapping) else (files,):
                 _check_encoding(Path(path))
+        if files and arguments[:1] != ("imagefolder",):
+            # The library takes paths for patterns.
+            escaped = {split: escape(path) for split, path in files.items()} if isinstance(files, Mapping) else None
+            options["data_files"] = escaped or escape(files)
         return load_dataset(*arguments, **options)
     except Exception as error:  # Every reader has its own errors.
         missing = "there is no such file or folder here, and as a data set on the Hub "

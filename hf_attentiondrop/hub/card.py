@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id, yaml_dump
@@ -68,7 +69,7 @@ def build_card(content: CardContent) -> ModelCard:
         attended=max((means.get("samples", 0) for means in attention.values()), default=0),
         space=robustness.get("space"),
         deviation=number(robustness["embedding_deviation"]) if "embedding_deviation" in robustness else None,
-        plots=[(Path(plot).stem.replace("_", " ").capitalize(), plot) for plot in content.plots],
+        plots=[(Path(plot).stem.replace("_", " ").capitalize(), quote(plot)) for plot in content.plots],
         training=_table(("Argument", "Value"), content.training),
         environment=_table(("Software", "Version"), content.environment),
         papers=list(dict.fromkeys(method.citation for method in content.methods)),
@@ -107,7 +108,7 @@ def check_card(card: ModelCard, folder: Path) -> None:
         ValueError: if a plot does not exist in `folder`, or an id cannot be one on the Hub.
     """
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
-        if not (folder / picture).is_file():
+        if not (folder / unquote(picture)).is_file():
             raise ValueError(
                 f"The card shows {picture!r}, and there is no such file in {folder}. Save the plot there, or leave it "
                 "out of `plots`."

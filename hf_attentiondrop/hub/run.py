@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modelcard import TASK_MAPPING
 
 from ..attention.dropout import dropout_of
-from ..attention.parts import transformers_model
+from ..attention.parts import configs_of, transformers_model
 from ..report import report
 from .content import CardContent, Data
 from .methods import cards_of
@@ -167,6 +167,8 @@ def _hub_id(config: PreTrainedConfig) -> str | None:
     """The id on the Hub that a model was loaded by. A name alone does not tell, since a folder may have been moved
     away; the cache of what was downloaded does."""
     name = config._name_or_path
+    if getattr(config, "_commit_hash", None):  # Of the revision that was downloaded.
+        return name
     if not name or os.path.exists(name) or name.count("/") > 1:
         return None
     return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
@@ -232,7 +234,9 @@ def _path_from(folder: Path, plot: str | Path) -> str:
 
 
 def _describe_dropout(config: PreTrainedConfig) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in dropout_of(config).items() if value) or "none"
+    parts = (dropout_of(part).items() for part in configs_of(config))
+    described = (", ".join(f"{name} {value:g}" for name, value in part if value) for part in parts)
+    return "; ".join(dict.fromkeys(filter(None, described))) or "none"
 
 
 def _describe_optimizer(trainer: Trainer) -> dict[str, str]:
@@ -255,7 +259,9 @@ def _describe_optimizer(trainer: Trainer) -> dict[str, str]:
 def _describe_training(trainer: Trainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     epochs = state.epoch or 0
-    each, times, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    # Transformers lowers it if it searches for one that fits the memory.
+    each = getattr(trainer, "_train_batch_size", args.train_batch_size)
+    times, processes = args.gradient_accumulation_steps, args.world_size
     several = f"{processes} process{'es' if processes > 1 else ''}"
     return {
         "Optimizer steps": f"{state.global_step} ({epochs:.4g} epoch{'s' * (epochs != 1)})",

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..validation import plain
+
 
 Table = list[tuple[str, ...]]
 """Rows of cells, the header first; empty if there are no rows."""
@@ -161,7 +163,8 @@ def title_of(name: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
+    """Whether a value is a finite number, also of NumPy or torch."""
+    value = plain(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -175,6 +178,7 @@ def number(value: Any) -> str:
     """
     if not is_number(value):
         return "-"
+    value = plain(value)
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -53,8 +53,9 @@ class ModelCardMixin(TrainerBase):
         """Evaluates the model, and remembers for the card on how many samples. See
         [`~transformers.Trainer.evaluate`]."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        # After those of the parts of a mapping, each of which is evaluated by a call of its own.
-        self.evaluated_samples = count_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
+        # Another prefix is that of other data, or of a part of a mapping.
+        if kwargs.get("metric_key_prefix", args[1] if len(args) > 1 else "eval") == "eval":
+            self.evaluated_samples = count_samples(self.eval_dataset if eval_dataset is None else eval_dataset)
         return metrics
 
     def create_model_card(self, **kwargs: Any) -> None:

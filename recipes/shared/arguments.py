@@ -8,6 +8,7 @@ import torch
 
 
 ATTENTION_DROP = "attentiondrop"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass
@@ -15,6 +16,7 @@ class ModelArguments:
     """The model to train, its attention and its dropout."""
 
     _argument_group_name = "model"
+    _needing: ClassVar = {"model_name_or_path": ("dtype",)}
     # The sizes of the recipes' models from scratch.
     _excluded: ClassVar = {
         "model_name_or_path": (
@@ -34,6 +36,13 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Model to fine-tune, on the Hub or in a folder. By default a small one is trained from scratch."
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Data type of the weights of --model_name_or_path: float32, bfloat16, float16, or auto for that "
+            "of the checkpoint. Half precision rounds small updates away; --bf16 only computes in it.",
         },
     )
     attn_implementation: str = field(
@@ -78,6 +87,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}.")
         for name in ("dropout", "attention_dropout", "dropconnect"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -124,7 +135,10 @@ class RunArguments:
     use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Use the CPU only."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Write into a folder that is not empty; checkpoints in it are deleted."},
+        metadata={
+            "help": "Write into a folder that is not empty; the checkpoints and, after training, the model of an "
+            "earlier run in it are deleted."
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -141,6 +155,11 @@ class RunArguments:
         super().__post_init__()
         # Transformers turns it on if it evaluates during training; here it says whether to evaluate at the end.
         self.do_eval = do_eval
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the head of a classifier may be initialized anew, unless a saved one is only evaluated."""
+        return self.do_train or self.resume_from_checkpoint is not None
 
 
 def check_at_least_one(arguments: Any, *names: str) -> None:

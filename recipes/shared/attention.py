@@ -13,7 +13,7 @@ from hf_attentiondrop.methods.method import Perturbation
 from hf_attentiondrop.methods.parsing import perturbations_from
 
 from .arguments import ATTENTION_DROP
-from .method_flags import SETTING_NAMES, SETTINGS, SINGLE_METHOD_FLAGS
+from .method_flags import SELECTION, SETTING_NAMES, SINGLE_METHOD_FLAGS
 
 
 LIST_FLAG = "attention_drop"
@@ -106,8 +106,8 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
         groups[LIST_FLAG] = set(SINGLE_METHOD_FLAGS)
     if "variant" in typed:
         old, new = (values.get("variant", AttentionDropConfig().variant) for values in (of_file, merged))
-        unused = set(SETTING_NAMES).difference(SETTINGS.get(new, ())) if new != old else set()
-        groups["variant"] = {LIST_FLAG} | unused
+        # The same name means something else: `p` of one variant is not a good one of another.
+        groups["variant"] = {LIST_FLAG} | (set(SETTING_NAMES).difference(SELECTION) if new != old else set())
     left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
     return {flag: names for flag, names in left_out.items() if names}
 

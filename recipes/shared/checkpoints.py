@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
@@ -62,6 +63,13 @@ def delete_checkpoints(folder: str) -> None:
     """Deletes the checkpoints of an earlier run, which the new run would otherwise resume from or rotate."""
     for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(checkpoint)
+
+
+def delete_model(folder: str) -> None:
+    """Deletes the model or adapter of an earlier run, which the card of a new run would be taken for that of."""
+    for pattern in ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG_NAME):
+        for file in Path(folder).glob(pattern):
+            file.unlink()
 
 
 def accept_saved_weights(model: PreTrainedModel) -> None:

@@ -86,6 +86,7 @@ def load_from_hub(arguments: DatasetArguments) -> DatasetDict:
     names = {"train": arguments.train_split}
     if arguments.validation_split or "validation" in splits:
         names["validation"] = arguments.validation_split or "validation"
+    check_separate("--validation_split", arguments.validation_split, arguments.train_split)
     if arguments.test_split:
         check_separate("--test_split", arguments.test_split, *names.values())
         names["test"] = arguments.test_split
@@ -114,29 +115,32 @@ def load_local(builder: str, files: dict[str, str | None], **options: Any) -> Da
     try:
         with naming_flag(" and ".join(given)):
             return load_splits(", ".join(splits.values()), builder, data_files=splits, **options)
-    except ValueError:
-        # Loading them one by one raises the error of the broken one.
-        for flag, path in given.items():
-            with naming_flag(flag):
-                load_splits(path, builder, data_files=path, **options)
-        raise
+    except ValueError as error:
+        of_all = error
+    # Loading them one by one raises the error of the broken one.
+    for flag, path in given.items():
+        with naming_flag(flag):
+            load_splits(path, builder, data_files=path, **options)
+    raise of_all
 
 
-def check_separate(flag: str, test: str | None, *others: str | None) -> None:
-    """Checks that the test data are not also trained or evaluated on.
+def check_separate(flag: str, held_out: str | None, *others: str | None) -> None:
+    """Checks that the data for the evaluation, or for the test, are not used for anything before it.
 
     Args:
-        flag (`str`): flag that names the test data.
-        test (`str`, *optional*): a path, or a split.
-        others (`str`, *optional*): the paths or splits of the other data.
+        flag (`str`): flag that names these data.
+        held_out (`str`, *optional*): a path, or a split.
+        others (`str`, *optional*): the paths or splits of the data that are used before.
 
     Raises:
-        ValueError: if one of them is that of the test data.
+        ValueError: if one of them is the same.
     """
-    if test is not None and Path(test).resolve() in [Path(other).resolve() for other in others if other is not None]:
+    paths = [Path(other).resolve() for other in others if other is not None]
+    if held_out is not None and Path(held_out).resolve() in paths:
+        purpose, uses = ("test", "trains or evaluates") if "test" in flag else ("evaluation", "trains")
         raise ValueError(
-            f"{flag}: expected data for the test alone, got {test}, which the run also trains or evaluates on: the "
-            "model would look better than it is. Name other data, or leave the flag out."
+            f"{flag}: expected data for the {purpose} alone, got {held_out}, which the run also {uses} on: the model "
+            "would look better than it is. Name other data, or leave the flag out."
         )
 
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from glob import escape
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -24,8 +25,9 @@ def load_image_folders(train_dir: str, validation_dir: str | None, test_dir: str
     folders = {"--train_dir": train_dir, "--validation_dir": validation_dir, "--test_dir": test_dir}
     for flag, folder in folders.items():
         check_path(flag, folder, is_local=True)
+    check_separate("--validation_dir", validation_dir, train_dir)
     check_separate("--test_dir", test_dir, train_dir, validation_dir)
-    files = {flag: f"{folder}/**" if folder else None for flag, folder in folders.items()}
+    files = {flag: f"{escape(folder)}/**" if folder else None for flag, folder in folders.items()}
     # By default, imagefolder drops the labels if the two folders are at different depths.
     return load_local("imagefolder", files, drop_labels=False)
 

@@ -19,6 +19,8 @@ SETTING_NAMES = sorted(
     dict.fromkeys(name for names in SETTINGS.values() for name in names),
     key=lambda name: all(name in names for names in SETTINGS.values()),
 )
+# Settings that say where any of them acts.
+SELECTION = ("layers", "attentions")
 # Settings that may differ between layers and heads.
 PROFILES = tuple(dict.fromkeys(method.scheduled for method in PERTURBATIONS.values()))
 # Flags that describe a single perturbation, as opposed to --attention_drop.

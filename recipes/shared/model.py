@@ -57,10 +57,11 @@ def load_pretrained(
     if arguments.sets_dropout:
         # The config of an adapter is that of its base.
         adapter = Path(name, ADAPTER_CONFIG_NAME)
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+        settings = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+        base = settings.get("base_model_name_or_path", name)
         options |= dropout_options(arguments, AutoConfig.from_pretrained(base))
     with naming_flag(MODEL_FLAG):
-        model, loaded = load_weights(name, model_class, **options)
+        model, loaded = load_weights(name, model_class, dtype=arguments.dtype, **options)
     changed = [f"{key} {tuple(got)} for {tuple(made)}" for key, got, made in loaded["mismatched_keys"]]
     missing = sorted({*loaded["missing_keys"], *changed})
     if has_new_head:

@@ -75,6 +75,7 @@ def load_files(train_file: str, validation_file: str | None, test_file: str | No
     for flag, path in files.items():
         if path and Path(path).suffix != suffix:
             raise ValueError(f"{flag}: expected a {suffix} file, as --train_file is, got {path}.")
+    check_separate("--validation_file", validation_file, train_file)
     check_separate("--test_file", test_file, train_file, validation_file)
     builder, options = reader_of(train_file) or TEXT_BUILDER
     return load_local(builder, files, **options)

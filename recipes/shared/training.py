@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_attentiondrop.evaluation.gradients import gradient_norms
 
-from .checkpoints import delete_checkpoints, step_of
+from .checkpoints import delete_checkpoints, delete_model, step_of
 from .output import describe_attention
 
 
@@ -25,7 +25,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, Any], dic
         the checkpoint, and say so. `gradient_norms` summarizes the norms that were logged, of all steps with
         `--logging_steps 1`.
     """
-    if trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero():
+    overwrites = trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero()
+    if overwrites:
         delete_checkpoints(trainer.args.output_dir)
     # Before training, which deletes old checkpoints.
     first = step_of(checkpoint)
@@ -33,6 +34,9 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, Any], dic
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
+    if overwrites:
+        # Only now: it may be the one that was trained further.
+        delete_model(trainer.args.output_dir)
     if trainer.args.save_model:
         # Otherwise it would upload the run before its metrics and card are written.
         trainer.save_model(_internal_call=True)

@@ -129,7 +129,7 @@ def test_tokens_of_another_model_are_refused() -> None:
 def test_words_such_as_none_are_texts(suffix: str, separator: str, tmp_path: Path) -> None:
     rows = [("text", "label"), ("nan", "0"), ("None", "1"), ("NA, n/a", "1"), ("", "0")]
     lines = [separator.join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows]
-    path = tmp_path / f"data.{suffix}"
+    path = tmp_path / f"data[1].{suffix}"
     path.write_text("\n".join(lines) + "\n")
     loaded = load_labelled(str(path))
     assert loaded["text"][:] == ["nan", "None", "NA, n/a", None] and loaded["label"][:] == [0, 1, 1, 0]
