@@ -279,12 +279,12 @@ def test_unusable_test_data_and_draws_are_errors(
         ("causal_lm", ["--block_size", 1], "--block_size: expected at least 2, got 1"),
         (
             "text_classification",
-            ["--dtype", "float32"],
-            "--dtype float32 would have no effect without --model_name_or",
+            ["--dtype", "bfloat16"],
+            "--dtype bfloat16 would have no effect without --model_name_or",
         ),
         (
             "text_classification",
-            ["--dtype", "half"],
+            ["--dtype", "half", "--model_name_or_path", tmp_path],
             "--dtype: expected one of float32, bfloat16, float16, auto, got half",
         ),
         ("text_classification", [*data, "--test_file", tmp_path / "no.csv"], "--test_file: expected an existing path"),
