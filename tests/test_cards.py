@@ -1,6 +1,7 @@
 """A card shows the given metrics and plots and the state of its Trainer, never other files in its folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers import BertConfig, EncoderDecoderConfig, ViTImageProcessorPil
 
 from hf_attentiondrop import AttentionDropTrainer, DropKey, configure
 from hf_attentiondrop.cli.reporting import evaluate_checkpoint
+from hf_attentiondrop.hub import CardContent
+from hf_attentiondrop.hub.loading import loading_code, loading_text
 from hf_attentiondrop.hub.run import _describe_dropout
 
 from .models import build
@@ -81,6 +84,14 @@ def test_a_card_takes_metrics_of_numpy_and_torch_and_plots_of_any_name(tmp_path:
     card = ModelCard.load(tmp_path / "README.md")
     assert tables(card.text)["Accuracy"][0] == "0.9" and "0.5" in card.text
     assert "![Roc (1)](plots/roc%20%281%29.png)" in card.text
+
+
+def test_the_code_of_a_card_loads_adapted_classifiers_and_names_unknown_classes() -> None:
+    content = CardContent("model", "BertForSequenceClassification", "trained", base_model="a/b", adapter="LORA")
+    assert 'from_pretrained("a/b", num_labels=5)' in loading_code(replace(content, num_labels=5))
+    own = CardContent("model", "OwnModel", "trained from scratch")
+    assert "# Import OwnModel from the code that defines it" in loading_code(own)
+    assert "import OwnModel" not in loading_code(own) and "stock Transformers" not in loading_text(own)
 
 
 def test_the_dropout_of_all_parts_is_on_the_card() -> None:

@@ -44,6 +44,7 @@ class CardContent:
         repo_id (`str`, *optional*): the repository or path to load it from; by default the folder of the card.
         base_model (`str`, *optional*): id on the Hub of the base model.
         adapter (`str`, *optional*): the kind of PEFT adapter, such as "LORA".
+        num_labels (`int`, *optional*): the number of classes of an adapted classifier, whose base may have another.
         processor (`str`, *optional*): the Auto class of its tokenizer or processor.
         task (`str`, *optional*): its task on the Hub, such as "text-classification".
         language, license (`str`, *optional*), tags (`tuple[str, ...]`): metadata in the format of the Hub.
@@ -64,6 +65,7 @@ class CardContent:
     repo_id: str | None = None
     base_model: str | None = None
     adapter: str | None = None
+    num_labels: int | None = None
     processor: str | None = None
     task: str | None = None
     language: str | list[str] | None = None

@@ -1,5 +1,7 @@
 """The section of the card on loading the model."""
 
+import transformers
+
 from .content import CardContent
 
 
@@ -23,25 +25,29 @@ def loading_text(content: CardContent) -> str:
             "loaded. Without them, loading fails with an error."
         )
     if not sentences:
-        return (
-            "It loads in stock Transformers without this package: in evaluation mode its attention is stock attention."
-        )
+        where = "in stock Transformers " if hasattr(transformers, content.model_class) else ""
+        return f"It loads {where}without this package: in evaluation mode its attention is stock attention."
     return " ".join(sentences)
 
 
 def loading_code(content: CardContent) -> str:
     """Python code that loads the model and its tokenizer or processor."""
     place = f'"{content.repo_id}"' if content.repo_id else '"."  # the folder of this card'
-    imported = sorted(filter(None, (content.model_class, content.processor)), key=str.lower)
+    is_known = hasattr(transformers, content.model_class)
+    names = (content.model_class if is_known else None, content.processor)
+    imported = sorted(filter(None, names), key=str.lower)
     lines = (
         ["import hf_attentiondrop  # registers the attention that config.json names"] if content.needs_plugin else []
     )
     lines += ["from peft import PeftModel"] if content.adapter else []
-    lines += [f"from transformers import {', '.join(imported)}", "", f"checkpoint = {place}"]
+    lines += [f"from transformers import {', '.join(imported)}"] if imported else []
+    lines += [] if is_known else [f"# Import {content.model_class} from the code that defines it."]
+    lines += ["", f"checkpoint = {place}"]
     if content.adapter:
+        classes = f", num_labels={content.num_labels}" if content.num_labels else ""
         base = f'"{content.base_model}"' if content.base_model else '"path/to/the/base/model"'
         lines += [
-            f"model = {content.model_class}.from_pretrained({base})",
+            f"model = {content.model_class}.from_pretrained({base}{classes})",
             "model = PeftModel.from_pretrained(model, checkpoint)",
         ]
     else:

@@ -98,7 +98,9 @@ def describe_run(
     )
     if adapter is not None:
         environment = {**content.environment, "peft": sys.modules["peft"].__version__}
-        content = replace(content, adapter=adapter.peft_type.value, environment=environment)
+        is_classifier = content.model_class.endswith("Classification")
+        num_labels = transformers_model(trainer.model).config.num_labels if is_classifier else None
+        content = replace(content, adapter=adapter.peft_type.value, num_labels=num_labels, environment=environment)
     if is_trained:
         config = transformers_model(trainer.model).config
         origin = _describe_origin(content.base_model, config, True, adapter is not None)
