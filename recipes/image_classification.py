@@ -49,7 +49,6 @@ from shared.checkpoints import accept_saved_weights
 from shared.data import (
     check_columns,
     draw_training_rows,
-    encode_classes,
     hold_out,
     load_from_hub,
     sample_counts,
@@ -62,8 +61,8 @@ from shared.evaluation import (
     measure_classifier,
 )
 from shared.images import check_images, load_image_folders
-from shared.labels import LabelledArguments, add_label_noise, number_as_saved
-from shared.model import from_scratch, load_pretrained, load_processor
+from shared.labels import LabelledArguments, add_label_noise, encode_labels
+from shared.model import from_scratch, load_pretrained, load_processor, saved_config
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -72,6 +71,7 @@ from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
     ViTImageProcessorPil,
@@ -136,7 +136,9 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
     return from_scratch | ({"image_size": 8, "patch_size": 2} if is_digits else {})
 
 
-def load_data(arguments: ImageDataArguments) -> DatasetDict:
+def load_data(
+    arguments: ImageDataArguments, saved: PreTrainedConfig | None = None, is_trained: bool = True
+) -> DatasetDict:
     """Loads and checks the images, and holds some out for evaluation."""
     if arguments.dataset_name and arguments.train_dir:
         raise ValueError("--dataset_name and --train_dir both name the data to train on: give one of them.")
@@ -152,7 +154,7 @@ def load_data(arguments: ImageDataArguments) -> DatasetDict:
     check_columns(data, {"--image_column": arguments.image_column, "--label_column": arguments.label_column})
     with naming_flag("--image_column"):
         data = DatasetDict({split: encoded_images(rows, arguments.image_column) for split, rows in data.items()})
-    data = encode_classes(data, arguments.label_column)
+    data = encode_labels(data, arguments.label_column, saved, is_trained)
     return hold_out(data, arguments, stratify_by_column=arguments.label_column)
 
 
@@ -224,14 +226,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Nothing is written before all checks have passed.
     with parser.preparing():
         check_output_dir(training_args)
+        if (evaluation_args.robustness_epsilon or 0) > 1:
+            raise ValueError("--robustness_epsilon: expected at most 1, a share of the pixel range.")
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
+            data = load_data(data_args, saved_config(model_args), training_args.do_train)
+            data = draw_training_rows(data, data_args, training_args.seed, data_args.label_column)
             data, noise = add_label_noise(data, data_args, training_args.seed)
         processor = load_image_processor(model_args)
-        data = number_as_saved(data, data_args, model_args, not training_args.has_new_head)
         class_names = data["train"].features[data_args.label_column].names
-        model = load_model(model_args, attention, class_names, training_args.has_new_head)
+        model = load_model(model_args, attention, class_names, training_args.do_train)
         with naming_flag("--model_name_or_path"):
             check_channels(processor, model.config)
         channels = channels_of(model.config)

@@ -39,7 +39,7 @@ import numpy as np
 from datasets import DatasetDict
 from shared.arguments import ModelArguments, RunArguments
 from shared.checkpoints import accept_saved_weights
-from shared.data import check_columns, draw_training_rows, encode_classes, hold_out, sample_counts
+from shared.data import check_columns, draw_training_rows, hold_out, sample_counts
 from shared.documentation import DOCUMENTATION, documentation_topics
 from shared.evaluation import (
     EvaluationArguments,
@@ -48,8 +48,8 @@ from shared.evaluation import (
     final_evaluation,
     measure_classifier,
 )
-from shared.labels import LabelledArguments, add_label_noise, number_as_saved
-from shared.model import from_scratch, load_pretrained, load_processor
+from shared.labels import LabelledArguments, add_label_noise, encode_labels
+from shared.model import from_scratch, load_pretrained, load_processor, saved_config
 from shared.output import check_output_dir, finish
 from shared.parser import RecipeParser
 from shared.running import owning_output_dir
@@ -69,6 +69,7 @@ from transformers import (
     BertConfig,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -124,7 +125,9 @@ def defaults(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_data(arguments: TextDataArguments) -> DatasetDict:
+def load_data(
+    arguments: TextDataArguments, saved: PreTrainedConfig | None = None, is_trained: bool = True
+) -> DatasetDict:
     """Loads and checks the texts, and holds some out for evaluation."""
     data = load_text_data(arguments, documentation_topics)
     columns = {"--text_column": arguments.text_column, "--text_pair_column": arguments.text_pair_column}
@@ -132,7 +135,7 @@ def load_data(arguments: TextDataArguments) -> DatasetDict:
     check_columns(data, columns | {"--label_column": arguments.label_column})
     for flag, column in columns.items():
         check_text(data, flag, column)
-    data = encode_classes(data, arguments.label_column)
+    data = encode_labels(data, arguments.label_column, saved, is_trained)
     return hold_out(data, arguments, stratify_by_column=arguments.label_column)
 
 
@@ -228,12 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output_dir(training_args)
         set_seed(training_args.seed)
         with training_args.main_process_first():
-            data = draw_training_rows(load_data(data_args), data_args, training_args.seed, data_args.label_column)
+            data = load_data(data_args, saved_config(model_args), training_args.do_train)
+            data = draw_training_rows(data, data_args, training_args.seed, data_args.label_column)
             data, noise = add_label_noise(data, data_args, training_args.seed)
             tokenizer = load_tokenizer(model_args, data_args, data)
-        data = number_as_saved(data, data_args, model_args, not training_args.has_new_head)
         class_names = data["train"].features[data_args.label_column].names
-        model = load_model(model_args, attention, class_names, tokenizer, training_args.has_new_head)
+        model = load_model(model_args, attention, class_names, tokenizer, training_args.do_train)
         parser.cap(data_args, "max_length", min(tokenizer.model_max_length, longest_text(model)))
         with training_args.main_process_first():
             tokenized = tokenize(data, tokenizer, data_args)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_attentiondrop import (
     AdaptiveStrengthCallback,
     AttentionDropTrainer,
     AttentionDropTrainingArguments,
     HardMasking,
+    configure,
     report,
 )
 from hf_attentiondrop.attention.entropy import EntropyMeter
@@ -119,6 +121,15 @@ def test_gains_of_other_modules_are_refused(tmp_path: Path) -> None:
     model = build("bert", num_labels=3, attention_drop={"layers": [0]})
     with pytest.raises(ValueError, match=r"with these numbers of heads, \[4, 4\], .* modules with \[4\]"):
         trained(AttentionDropTrainer, arguments, model=model, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_configuration_of_other_modules_in_a_training_is_refused(tmp_path: Path) -> None:
+    class Reconfigure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+            configure(model, {"p": 0.3, "layers": [0]})
+
+    with pytest.raises(ValueError, match="The adaptive strength has gains for perturbed modules"):
+        trained(AttentionDropTrainer, adaptive(tmp_path, 0.5), callbacks=[Reconfigure()])
 
 
 @pytest.mark.parametrize("variant", ["blur", "dropkey", "drophead"])

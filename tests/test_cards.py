@@ -88,7 +88,9 @@ def test_a_card_takes_metrics_of_numpy_and_torch_and_plots_of_any_name(tmp_path:
 
 def test_the_code_of_a_card_loads_adapted_classifiers_and_names_unknown_classes() -> None:
     content = CardContent("model", "BertForSequenceClassification", "trained", base_model="a/b", adapter="LORA")
-    assert 'from_pretrained("a/b", num_labels=5)' in loading_code(replace(content, num_labels=5))
+    assert 'from_pretrained("a/b", num_labels=5, ignore_mismatched_sizes=True)' in loading_code(
+        replace(content, num_labels=5)
+    )
     own = CardContent("model", "OwnModel", "trained from scratch")
     assert "# Import OwnModel from the code that defines it" in loading_code(own)
     assert "import OwnModel" not in loading_code(own) and "stock Transformers" not in loading_text(own)
@@ -199,6 +201,9 @@ def test_a_method_that_was_configured_after_the_training_did_not_take_part(tmp_p
     trainer.train()
     card = card_of(trainer)
     assert "### AttentionDrop: hard attention masking\n" in card.text and "### DropKey\n" in card.text
+    configure(trainer.model, DropKey(p=0.2))
+    trainer.train()
+    assert card_of(trainer).text.count("### DropKey\n") == 1 and "| `p` | 0.2 |" in card_of(trainer).text
 
 
 def test_a_model_trained_with_the_default_settings_names_the_method(tmp_path: Path) -> None:

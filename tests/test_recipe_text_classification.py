@@ -217,7 +217,19 @@ def test_saved_classifier_keeps_its_classes(
     line = error_line(
         recipe, capfd, *evaluation[:4], "--train_file", others, *COLUMNS, "--output_dir", tmp_path / "others"
     )
-    assert "expected a classifier for the classes of the data, fruits, tools, got one for tool" in line
+    assert "--label_column: 'kind' has classes that the model does not know, fruits, tools; it knows tool" in line
+    numbers = write(tmp_path / "numbers.csv", [{**row, "kind": names.index(row["kind"])} for row in rows()])
+    numbered = [
+        "--train_file",
+        str(numbers),
+        *COLUMNS,
+        "--max_length",
+        "32",
+        "--output_dir",
+        str(tmp_path / "numbered"),
+    ]
+    recipe.main([*evaluation[:4], *numbered])
+    assert read(tmp_path / "numbered", "metrics.json")["eval_accuracy"] == 0.5
     encoder = tmp_path / "encoder"
     shutil.copytree(model, encoder)
     AutoModelForSequenceClassification.from_pretrained(model).bert.save_pretrained(encoder)

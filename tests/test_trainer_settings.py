@@ -138,7 +138,7 @@ def test_an_override_that_skips_the_term_raises(tmp_path: Any) -> None:
         def compute_loss(self, model: nn.Module, inputs: dict, **kwargs: Any) -> Tensor:
             return nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"], weight=torch.tensor(CLASSES))
 
-    with pytest.raises(ValueError, match="Weighted overrides `compute_loss` without .*, so each batch ran once"):
+    with pytest.raises(ValueError, match="Weighted overrides `compute_loss` or .*: each batch ran once"):
         train("classification", tmp_path, trainer_class=Weighted)
     trainer, _ = train("classification", tmp_path, trainer_class=Weighted, consistency_weight=0.0)
     assert trainer.state.global_step == 1
@@ -147,6 +147,13 @@ def test_an_override_that_skips_the_term_raises(tmp_path: Any) -> None:
         def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
             return super().compute_loss(*args, **kwargs) / 2
 
+    class Conditional(AttentionDropTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
+            self.is_second = not getattr(self, "is_second", True)
+            return model(**inputs).loss if self.is_second else super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer, _ = train("classification", tmp_path, trainer_class=Conditional, max_steps=3, batch_size=2)
+    assert trainer.state.global_step == 3
     trainer, _ = train("classification", tmp_path, trainer_class=Halved)
     assert first_logs(trainer)["consistency_loss"] > 0
 

@@ -18,8 +18,8 @@ def class_numbers(dataset: Any, column: str, config: PreTrainedConfig) -> list[i
     """Maps the labels of a data set to the class numbers of a model.
 
     Classes are matched by name, so the data may number them in another order; numbers can be names too. If the model
-    or the data has no class names, the numbers of the data are those of the model, unless its names have other
-    numbers.
+    or the data has no class names, the numbers of the data are those of the model, unless they may be the numbers in
+    its names.
 
     Args:
         dataset ([`~datasets.Dataset`]): to measure on.
@@ -69,8 +69,10 @@ def _known_classes(
         is_position = all(isinstance(label, int) for label in labels) and not any(map(_is_number, known))
         if not is_position:
             return known
+        in_names = {name: set(re.findall(r"\d+", name)) for name in known}
+        fits_names = {str(label) for label in labels} <= set().union(*in_names.values())
         for name, number in known.items():
-            if (numbers := re.findall(r"\d+", name)) and str(number) not in numbers:
+            if fits_names and in_names[name] and str(number) not in in_names[name]:
                 raise ValueError(
                     f"expected class names in {column!r}, got integers, which may be positions or the numbers in the "
                     f"model's class names: class {number} is {name!r}. Write the names into the column."

@@ -158,8 +158,10 @@ def _encode_texts(tokenizer: Any, config: PreTrainedConfig) -> Callable[..., Map
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
 
     def encode(texts: list[str], pairs: list[str] | None = None) -> Mapping[str, Tensor]:
-        inputs = dict(tokenizer(texts, pairs, truncation=True, padding=len(texts) > 1, return_tensors="pt"))
+        options = {"truncation": True, "padding": len(texts) > 1, "return_tensors": "pt"}
+        inputs = dict(tokenizer(texts, pairs, **options, return_attention_mask=True))
         lengths = inputs["attention_mask"].sum(dim=-1)
+        inputs = {name: value for name, value in inputs.items() if name in tokenizer.model_input_names}
         if empty := [text for text, length in zip(texts, lengths, strict=True) if length == 0]:
             raise ValueError(
                 f"--text_column: expected texts of at least one token, got {empty[0]!r}. Remove such rows."

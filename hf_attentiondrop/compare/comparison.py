@@ -181,7 +181,7 @@ def _compare(values: Mapping[int, float], reference: Mapping[int, float], direct
         note = f"no interval from {seeds} in common with the reference, at least {MIN_SEEDS} are needed"
     else:
         p = float(t_test(spread))
-        if len(common) < (most := max(len(values), len(reference))):
+        if len(common) < (most := len(values.keys() | reference.keys())):
             note = f"compared on {len(common)} of {most} seeds, as the other runs have no result"
         if all_equal(np.array(spread)):
             note = f"all {len(common)} differences are equal, so neither interval nor p-value has a spread to rely on"

@@ -1,7 +1,8 @@
 """Reading the YAML file of a study: no key twice, none that YAML takes for something else than a text, no unknown one,
 and none missing."""
 
-from collections.abc import Hashable, Mapping
+import json
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +73,27 @@ def is_mapping(value: Any) -> bool:
 
 def is_nested(value: Any) -> bool:
     return is_mapping(value) and all(map(is_mapping, value.values()))
+
+
+def is_recordable(value: Any) -> bool:
+    """Whether a record of runs can hold a value: JSON has no infinite numbers."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def check_spellings(names: Iterable[str]) -> None:
+    """Checks that no argument of a run is spelled in two ways, of which the script would take the last.
+
+    Raises:
+        ValueError: if one is.
+    """
+    spellings: dict[str, str] = {}
+    for name in names:
+        if (other := spellings.setdefault(name.replace("-", "_"), name)) != name:
+            raise ValueError(f"Study: expected one spelling of an argument, got {other!r} and {name!r}.")
 
 
 def is_directions(value: Any) -> bool:

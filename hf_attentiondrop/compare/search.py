@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..validation import Config, is_number
-from .parsing import is_directions, is_mapping, is_nested, is_positive
+from .parsing import is_directions, is_mapping, is_nested, is_positive, is_recordable
 from .results import Direction
+
+
+SCALARS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Space:
         """
         if isinstance(value, Mapping) and set(value) == {"choices"} and isinstance(value["choices"], list):
             choices = tuple(value["choices"])
-            if choices and all(isinstance(choice, (bool, int, float, str)) for choice in choices):
+            if choices and all(isinstance(choice, SCALARS) and is_recordable(choice) for choice in choices):
                 return cls(choices=choices)
         elif isinstance(value, list) and value[2:] in ([], ["log"]):
             ends = [_number(end) for end in value[:2]]

@@ -1,7 +1,6 @@
 """A study: which methods a script runs with, on how many seeds, and what is measured. `docs/compare.md` describes its
 YAML file."""
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,7 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..validation import Config, suggestion
-from .parsing import flatten, from_mapping, is_directions, is_mapping, is_nested, is_positive, is_text, read_yaml
+from .parsing import (
+    check_spellings,
+    flatten,
+    from_mapping,
+    is_directions,
+    is_mapping,
+    is_nested,
+    is_positive,
+    is_recordable,
+    is_text,
+    read_yaml,
+)
 from .results import Direction, Run
 from .search import Search
 
@@ -126,12 +136,14 @@ class Study(Config):
                     raise ValueError(
                         f"Study: `{where}` sets {name!r}, which the study sets for each run. Leave it out."
                     )
-                if isinstance(arguments[name], float) and not math.isfinite(arguments[name]):
+                if not is_recordable(arguments[name]):
                     raise ValueError(
                         f"Study: `{where}` sets {name!r} to {arguments[name]}, and records of runs hold finite "
                         "numbers only. Write a large one."
                     )
-        self._check_spellings()
+        for method, own in self.methods.items():
+            searched = () if self.search is None else (*self.search.arguments, *self.search.spaces.get(method, ()))
+            check_spellings([*self.arguments, *own, *searched])
         if self.search is not None:
             for method, space in self.search.spaces.items():
                 self._check_method("search.spaces", method)
@@ -141,14 +153,6 @@ class Study(Config):
                         "Leave one of them out."
                     )
             self._check_objective(self.search)
-
-    def _check_spellings(self) -> None:
-        """Checks that no argument is spelled in two ways: the script would get both, and take the last."""
-        spellings: dict[str, str] = {}
-        for arguments in self.given_arguments().values():
-            for name in arguments:
-                if (other := spellings.setdefault(name.replace("-", "_"), name)) != name:
-                    raise ValueError(f"Study: expected one spelling of an argument, got {other!r} and {name!r}.")
 
     def _check_method(self, where: str, name: Any) -> None:
         if not is_text(name) or name not in self.methods:

@@ -25,7 +25,7 @@ from .calibration import (
 from .diagnostics import AttentionStatistics, attention_statistics
 from .items import IGNORE_INDEX, check_not_empty
 from .perturbation_space import Normalization
-from .running import check_batches, first_samples, mode, random_state_kept, to_device_of
+from .running import check_batches, first_samples, labelled_samples, mode, random_state_kept, to_device_of
 from .sample_maps import SampleMaps
 
 
@@ -101,6 +101,11 @@ def evaluate_classifier(
         raise ValueError(
             "`epsilon` bounds the strongest attack, so it needs `attacked_samples` and must be a finite number above "
             f"0, got {epsilon!r} and {attacked_samples} samples."
+        )
+    if epsilon is not None and epsilon > 1 and "pixel_values" in next(iter(batches), {}):
+        raise ValueError(
+            f"`epsilon` must be at most 1 for images, got {epsilon}: it is a share of the pixel range. Divide a bound "
+            "in steps of 8 bits by 255."
         )
     logits, labels = predict(model, batches)
     is_labelled = labels != IGNORE_INDEX
@@ -228,13 +233,7 @@ def _attacked(
     seed: int,
 ) -> tuple[dict[str, tuple[RobustAccuracy, ...]], dict[str, Any]]:
     bound, space = epsilon or PIXEL_EPSILON, {"space": "pixels"}
-    has_pixels = "pixel_values" in next(iter(batches))
-    if has_pixels and bound > 1:
-        raise ValueError(
-            f"`epsilon` must be at most 1 for images, got {epsilon}: it is a share of the pixel range. Divide a bound "
-            "in steps of 8 bits by 255."
-        )
-    if not has_pixels:
+    if "pixel_values" not in next(iter(batches)):
         deviation = transformers_model(model).get_input_embeddings().weight.detach().float().std().item()
         bound = (epsilon or EMBEDDING_EPSILON) * deviation
         space = {"space": "embeddings", "embedding_deviation": deviation}
@@ -248,7 +247,7 @@ def _attacked(
         with random_state_kept(model):
             torch.manual_seed(seed)
             epsilons = [fraction * bound for fraction in EPSILON_FRACTIONS]
-            attacked = _attackable(model, first_samples(_labelled(batches), samples))
+            attacked = _attackable(model, first_samples(labelled_samples(batches), samples))
             curves[name] = robustness_curve(model, attacked, epsilons, attack, normalization)
     clean = next(iter(curves.values()))[0]
     rows = [{"name": "none", "epsilon": 0.0, "accuracy": clean.accuracy}]
@@ -263,14 +262,6 @@ def _attacked(
         for name, curve in curves.items()
     }
     return curves, {"norm": "linf", **space, "samples": clean.total, "attacks": rows, "accuracies": accuracies}
-
-
-def _labelled(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The samples of batches that have a label."""
-    for batch in batches:
-        rows = batch["labels"] != IGNORE_INDEX
-        if rows.any():
-            yield {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _attackable(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -71,14 +71,16 @@ def inputs_without_loss(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
     A model that generates with a decoder of its own makes the inputs of that decoder from the labels if there are no
     others. Labels of -100 are padding, which its attention mask then says, too.
     """
-    inputs = {name: value for name, value in to_device_of(model, batch).items() if "labels" not in name}
-    base, labels = transformers_model(model), batch.get("labels")
+    moved, base = to_device_of(model, batch), transformers_model(model)
+    inputs, labels = {name: value for name, value in moved.items() if "labels" not in name}, moved.get("labels")
     if labels is None or not (base.config.is_encoder_decoder and base.can_generate()):
         return inputs
-    labels = labels.to(base.device)
     if not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         inputs["labels"] = labels
     is_padding = labels == IGNORE_INDEX
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        return inputs  # Virtual tokens come first, which the mask does not show.
     if is_padding.any() and inputs.get("decoder_input_ids", labels).shape == labels.shape:
         inputs.setdefault("decoder_attention_mask", (~is_padding).long())
     return inputs
@@ -91,6 +93,19 @@ def first_samples(batches: Iterable[Mapping[str, Any]], samples: int) -> Iterato
         samples -= len(batch["labels"])
         if samples <= 0:
             return
+
+
+def labelled_samples(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The samples of batches whose label is not -100."""
+    for batch in batches:
+        rows = batch["labels"] != IGNORE_INDEX
+        if rows.all():
+            yield dict(batch)
+        elif rows.any():
+            by_row = {
+                name for name, value in batch.items() if isinstance(value, Tensor) and value.shape[:1] == rows.shape
+            }
+            yield {name: value[rows] if name in by_row else value for name, value in batch.items()}
 
 
 def check_batches(batches: Any, *, many_times: bool = False) -> None:

@@ -44,7 +44,7 @@ def loading_code(content: CardContent) -> str:
     lines += [] if is_known else [f"# Import {content.model_class} from the code that defines it."]
     lines += ["", f"checkpoint = {place}"]
     if content.adapter:
-        classes = f", num_labels={content.num_labels}" if content.num_labels else ""
+        classes = f", num_labels={content.num_labels}, ignore_mismatched_sizes=True" if content.num_labels else ""
         base = f'"{content.base_model}"' if content.base_model else '"path/to/the/base/model"'
         lines += [
             f"model = {content.model_class}.from_pretrained({base}{classes})",

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers import (
     FeatureExtractionMixin,
@@ -169,11 +170,10 @@ def _hub_id(config: PreTrainedConfig) -> str | None:
     """The id on the Hub that a model was loaded by. A name alone does not tell, since a folder may have been moved
     away; the cache of what was downloaded does."""
     name = config._name_or_path
-    if getattr(config, "_commit_hash", None):  # Of the revision that was downloaded.
-        return name
     if not name or os.path.exists(name) or name.count("/") > 1:
         return None
-    return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else None
+    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    return name if any(folder.glob("snapshots/*/config.json")) else None  # Of any revision.
 
 
 def _describe_origin(base_model: str | None, config: PreTrainedConfig, is_trained: bool, is_adapter: bool) -> str:

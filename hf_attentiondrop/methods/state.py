@@ -110,7 +110,8 @@ class ModuleState:
 
     def configure(self, perturbations: Sequence[Perturbation]) -> None:
         """Sets the configured perturbations, without a schedule or gains."""
-        self.earlier, self.calls_before = self.applied, int(self.calls)
+        if self.perturbations:  # Not while the model is built.
+            self.earlier, self.calls_before = self.applied, int(self.calls)
         self.perturbations = tuple(perturbations)
         self.scale(None)
 
@@ -136,16 +137,16 @@ class ModuleState:
 
     def take_over(self, previous: "ModuleState") -> None:
         """Continues the state of the same module under another config."""
-        self.calls, self.base = previous.calls, previous.base
-        self.configure(previous.perturbations)
+        self.calls, self.base, self.perturbations = previous.calls, previous.base, previous.perturbations
         self.earlier, self.calls_before = previous.earlier, previous.calls_before
         self.scale(previous.factor, previous.gains)
 
     @property
     def applied(self) -> tuple[Perturbation, ...]:
-        """The perturbations that have acted in calls, also if others are configured now."""
+        """The perturbations that have acted in calls, also if others are configured now; of each class the last."""
         current = [perturbation for perturbation, _ in self.active] if self.calls > self.calls_before else []
-        return tuple(dict.fromkeys((*self.earlier, *current)))
+        replaced = {type(perturbation) for perturbation in current}
+        return (*(earlier for earlier in self.earlier if type(earlier) not in replaced), *current)
 
     @property
     def is_scaled(self) -> bool:

@@ -102,6 +102,7 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
     ) -> None:
         if state.global_step % self.interval == 0:
             self._measuring = perturbed_states(model, "an adaptive strength")
+            self._check(self._measuring)
             self._record(model)  # A new configuration removes it.
             for module_state in self._measuring:
                 module_state.meter = EntropyMeter(ROWS)
@@ -163,7 +164,8 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
         for base in transformers_models(model).values():
             setattr(base.config, ADAPTIVE_KEY, {"target_entropy": self.target_entropy, "interval": self.interval})
 
-    def _apply(self, states: list[ModuleState]) -> None:
+    def _check(self, states: list[ModuleState]) -> None:
+        """Checks that the gains are those of the perturbed modules, which a new configuration may have changed."""
         heads, expected = [module_state.place.num_heads for module_state in states], list(map(len, self.gains))
         if heads != expected:
             raise ValueError(
@@ -171,6 +173,9 @@ class AdaptiveStrengthCallback(TrainerCallback, ExportableState):
                 f"{expected}, and the model perturbs modules with {heads}. A checkpoint, or the training so far, "
                 "perturbed other modules. Select the same ones, or start a new training."
             )
+
+    def _apply(self, states: list[ModuleState]) -> None:
+        self._check(states)
         for module_state, gains in zip(states, self.gains, strict=True):
             module_state.meter = None
             module_state.scale(module_state.factor, torch.tensor(gains, dtype=torch.float64))

@@ -47,17 +47,17 @@ def check_trainer(trainer: Trainer, alignment: LabelAlignment) -> None:
 
 
 def check_override(trainer: Trainer, has_run_twice: bool) -> None:
-    """Checks after the forward of a micro-batch that a subclass did not replace the loss with the consistency term.
+    """Checks at the end of an optimizer step that a subclass did not replace the loss with the consistency term.
 
     Raises:
-        ValueError: if the batch did not run twice.
+        ValueError: if no batch has run twice so far.
     """
     if not has_run_twice:
         raise ValueError(
-            f"{type(trainer).__name__} overrides `compute_loss` without calling that of its base class, so each batch "
-            f"ran once, and `consistency_weight={trainer.args.consistency_weight}` has no effect. Write the override "
-            "in a Trainer of its own and put the mixin in front, `class WithConsistency(ConsistencyTrainerMixin, "
-            "MyTrainer)`, or pass `compute_loss_func`."
+            f"{type(trainer).__name__} overrides `compute_loss` or `training_step` without calling that of its base "
+            f"class: each batch ran once, and `consistency_weight={trainer.args.consistency_weight}` has no effect. "
+            "Write the override in a Trainer of its own and put the mixin in front, `class WithConsistency("
+            "ConsistencyTrainerMixin, MyTrainer)`, or pass `compute_loss_func`."
         )
 
 
@@ -68,7 +68,8 @@ def check_labels(labels: Any, model: Any) -> None:
         ValueError: for floating-point labels of several classes, and a config without `problem_type`.
     """
     is_soft = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2 and labels.shape[-1] > 1
-    if is_soft and getattr(model.config, "problem_type", None) is None:
+    config = getattr(model, "config", None)
+    if is_soft and config is not None and getattr(config, "problem_type", None) is None:
         raise ValueError(
             "Expected the model's config to name its `problem_type`, since labels that are floating-point numbers "
             "may be probabilities of the classes or of independent labels, and `compute_loss_func` does not say "

@@ -153,8 +153,10 @@ class AttentionDropScheduleCallback(TrainerCallback):
             self._scale(model, None)
 
     def _record(self, model: nn.Module | None, state: TrainerState) -> None:
+        record = self.schedule.record(state.max_steps)
         for base in transformers_models(model).values():
-            setattr(base.config, SCHEDULE_KEY, self.schedule.record(state.max_steps))
+            if base.config.__dict__.get(SCHEDULE_KEY) != record:
+                setattr(base.config, SCHEDULE_KEY, record)
 
     def _scale(self, model: nn.Module | None, factor: float | None) -> None:
         scale_attention_drop(model, factor)

@@ -145,13 +145,13 @@ class ConsistencyTrainerMixin(TrainerBase):
             return super().training_step(*args, **kwargs)
         stock = getattr(self, SCALING)
         setattr(self, SCALING, True)
-        self._has_run_twice = False
         try:
             with self._sharing_trunk():
                 loss = super().training_step(*args, **kwargs)
         finally:
             setattr(self, SCALING, stock)
-        check_override(self, self._has_run_twice)
+        if self.accelerator.sync_gradients:  # Not every micro-batch may need the term.
+            check_override(self, self._has_run_twice)
         return loss
 
     def get_batch_samples(

@@ -156,11 +156,6 @@ class RunArguments:
         # Transformers turns it on if it evaluates during training; here it says whether to evaluate at the end.
         self.do_eval = do_eval
 
-    @property
-    def has_new_head(self) -> bool:
-        """Whether the head of a classifier may be initialized anew, unless a saved one is only evaluated."""
-        return self.do_train or self.resume_from_checkpoint is not None
-
 
 def check_at_least_one(arguments: Any, *names: str) -> None:
     """Checks that counts are at least 1 before training; some would fail only in the final evaluation.

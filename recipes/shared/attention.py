@@ -106,7 +106,7 @@ def settings_left_out(of_file: Mapping[str, Any], typed: Mapping[str, Any]) -> d
         groups[LIST_FLAG] = set(SINGLE_METHOD_FLAGS)
     if "variant" in typed:
         old, new = (values.get("variant", AttentionDropConfig().variant) for values in (of_file, merged))
-        # The same name means something else: `p` of one variant is not a good one of another.
+        # A good value for one variant is none for another.
         groups["variant"] = {LIST_FLAG} | (set(SETTING_NAMES).difference(SELECTION) if new != old else set())
     left_out = {flag: [name for name in of_file if name in groups[flag] - typed.keys()] for flag in groups}
     return {flag: names for flag, names in left_out.items() if names}

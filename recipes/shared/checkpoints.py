@@ -66,7 +66,7 @@ def delete_checkpoints(folder: str) -> None:
 
 
 def delete_model(folder: str) -> None:
-    """Deletes the model or adapter of an earlier run, which the card of a new run would be taken for that of."""
+    """Deletes the model or adapter of an earlier run, which would be taken for that of the new one."""
     for pattern in ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG_NAME):
         for file in Path(folder).glob(pattern):
             file.unlink()

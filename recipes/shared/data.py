@@ -137,7 +137,7 @@ def check_separate(flag: str, held_out: str | None, *others: str | None) -> None
     """
     paths = [Path(other).resolve() for other in others if other is not None]
     if held_out is not None and Path(held_out).resolve() in paths:
-        purpose, uses = ("test", "trains or evaluates") if "test" in flag else ("evaluation", "trains")
+        purpose, uses = ("test", "trains or evaluates") if flag.startswith("--test") else ("evaluation", "trains")
         raise ValueError(
             f"{flag}: expected data for the {purpose} alone, got {held_out}, which the run also {uses} on: the model "
             "would look better than it is. Name other data, or leave the flag out."

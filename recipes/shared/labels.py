@@ -1,16 +1,16 @@
 """Classes of the data: the column that holds them, their numbers, and noise in the training labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoConfig
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers import PreTrainedConfig
 
-from .arguments import ModelArguments
-from .data import LABELS, DatasetArguments
-from .model import MODEL_FLAG
+from hf_attentiondrop.cli.classes import class_numbers
+from hf_attentiondrop.cli.flags import naming_flag
+
+from .data import LABELS, DatasetArguments, encode_classes
 
 
 @dataclass
@@ -32,42 +32,39 @@ class LabelledArguments(DatasetArguments):
             raise ValueError(f"--label_noise: expected a probability in [0, 1), got {self.label_noise}.")
 
 
-def number_as_saved(
-    data: DatasetDict, arguments: LabelledArguments, model_arguments: ModelArguments, is_evaluation: bool
+def encode_labels(
+    data: DatasetDict, column: str, saved: PreTrainedConfig | None = None, is_trained: bool = True
 ) -> DatasetDict:
-    """Numbers the classes as the classifier `--model_name_or_path` does, if it is one for the same classes.
-
-    A model that is only evaluated may know more classes. If it has no names for them, the order of the data counts.
+    """Encodes labels as class indices, the same in every split, and those of a saved classifier for the same classes.
 
     Args:
-        data ([`~datasets.DatasetDict`]): the splits, with encoded classes.
-        arguments ([`LabelledArguments`]): of the recipe.
-        model_arguments ([`ModelArguments`]): of the recipe.
-        is_evaluation (`bool`): whether the model is evaluated as it is.
+        data ([`~datasets.DatasetDict`]): the splits.
+        column (`str`): of the labels.
+        saved ([`~transformers.PreTrainedConfig`], *optional*): of the model that was saved.
+        is_trained (`bool`, defaults to `True`): whether it is trained, or evaluated as it is.
 
     Raises:
-        ValueError: if it is evaluated as it is, and does not know the classes of the data.
+        ValueError: see [`encode_classes`], and [`class_numbers`] for a model that is evaluated as it is.
     """
-    name, feature = model_arguments.model_name_or_path, data["train"].features[arguments.label_column]
-    if name is None or Path(name, ADAPTER_CONFIG_NAME).is_file():
+    known = [] if saved is None else [str(name) for _, name in sorted(saved.id2label.items())]
+    if saved is not None and not is_trained:
+        with naming_flag("--label_column"):
+            numbers = {split: class_numbers(rows, column, saved) for split, rows in data.items()}
+        return DatasetDict({split: _numbered(rows, column, numbers[split], known) for split, rows in data.items()})
+    data = encode_classes(data, column)
+    names = data["train"].features[column].names
+    if names == known or sorted(names) != sorted(known):
         return data
-    saved = [str(known) for _, known in sorted(AutoConfig.from_pretrained(name).id2label.items())]
-    has_names = not all(known.startswith("LABEL_") for known in saved)
-    knows_all = set(feature.names) <= set(saved) if has_names else len(feature.names) == len(saved)
-    if is_evaluation and not knows_all:
-        raise ValueError(
-            f"{MODEL_FLAG}: expected a classifier for the classes of the data, {', '.join(feature.names)}, got one "
-            f"for {', '.join(saved)}. Evaluate it on data of its own classes, or train it."
-        )
-    if not has_names or not knows_all or not (is_evaluation or len(saved) == len(feature.names)):
-        return data
-    numbers, of_saved = np.array([saved.index(known) for known in feature.names]), ClassLabel(names=saved)
+    return DatasetDict(
+        {
+            split: _numbered(rows, column, [known.index(names[label]) for label in rows[column]], known)
+            for split, rows in data.items()
+        }
+    )
 
-    def numbered(rows: Dataset) -> Dataset:
-        labels = numbers[np.array(rows[arguments.label_column])]
-        return rows.remove_columns(arguments.label_column).add_column(arguments.label_column, labels, feature=of_saved)
 
-    return DatasetDict({split: numbered(rows) for split, rows in data.items()})
+def _numbered(rows: Dataset, column: str, labels: Sequence[int], names: list[str]) -> Dataset:
+    return rows.remove_columns(column).add_column(column, np.array(labels), feature=ClassLabel(names=names))
 
 
 def add_label_noise(

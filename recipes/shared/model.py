@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from hf_attentiondrop import set_base_attention
 from hf_attentiondrop.cli.flags import naming_flag
@@ -36,6 +36,25 @@ def load_processor(processor_class: Any, arguments: ModelArguments) -> Any:
     check_path(MODEL_FLAG, arguments.model_name_or_path)
     with naming_flag(MODEL_FLAG):
         return load_saved_processor(arguments.model_name_or_path, processor_class)
+
+
+def saved_config(arguments: ModelArguments) -> PreTrainedConfig | None:
+    """The config of `--model_name_or_path`; `None` without a model, and for an adapter, which has none.
+
+    Raises:
+        FileNotFoundError: if there is nothing at a local path.
+        ValueError: if it cannot be read.
+    """
+    name = arguments.model_name_or_path
+    check_path(MODEL_FLAG, name)
+    if name is None or find_adapter_config_file(name) is not None:
+        return None
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{MODEL_FLAG}: expected the model's own config in {name!r}, and it cannot be read: {error}"
+        ) from error
 
 
 def load_pretrained(

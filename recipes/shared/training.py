@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -25,18 +26,19 @@ def train(trainer: Trainer, checkpoint: str | None) -> tuple[dict[str, Any], dic
         the checkpoint, and say so. `gradient_norms` summarizes the norms that were logged, of all steps with
         `--logging_steps 1`.
     """
+    folder = trainer.args.output_dir
     overwrites = trainer.args.overwrite_output_dir and checkpoint is None and trainer.is_world_process_zero()
     if overwrites:
-        delete_checkpoints(trainer.args.output_dir)
+        delete_checkpoints(folder)
     # Before training, which deletes old checkpoints.
     first = step_of(checkpoint)
     # Each checkpoint would print its own progress bar into that of the training.
     transformers.utils.logging.disable_progress_bar()
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     transformers.utils.logging.enable_progress_bar()
-    if overwrites:
-        # Only now: it may be the one that was trained further.
-        delete_model(trainer.args.output_dir)
+    if overwrites and Path(trainer.model.config._name_or_path).resolve() != Path(folder).resolve():
+        # Unless it is the one that was trained further, which an adapter still needs.
+        delete_model(folder)
     if trainer.args.save_model:
         # Otherwise it would upload the run before its metrics and card are written.
         trainer.save_model(_internal_call=True)

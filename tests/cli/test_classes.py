@@ -34,6 +34,8 @@ def numbers(labels: list[Any], id2label: dict[int, str], names: list[str] | None
         ([0, 2], NAMELESS, None, [0, 2]),
         ([0, 2], {0: "class 0", 1: "class 1", 2: "class 2"}, None, [0, 2]),
         (["3 stars"], RATINGS, None, [2]),
+        ([0, 2], RATINGS, None, [0, 2]),
+        ([0, 1], {0: "covid-19", 1: "healthy"}, None, [0, 1]),
         ([0, 2], NAMELESS, ["cat", "dog", "owl"], [0, 2]),
         ([0, 1], NAMELESS, ["LABEL_2", "LABEL_0"], [2, 0]),
         (["LABEL_1"], NAMELESS, None, [1]),

@@ -21,7 +21,7 @@ VIT, BERT = ViTConfig(), BertConfig(vocab_size=10)
 TEXT, IMAGE = {"--text_column": "text"}, {"--image_column": "image"}
 
 
-def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
@@ -123,6 +123,12 @@ def test_tokens_of_another_model_are_refused() -> None:
         list(labelled_batches(texts(""), [0], TEXT, BERT, tokenizer()))
     with pytest.raises(ValueError, match="texts of at least one token, got ''"):
         list(labelled_batches(texts("a", ""), [0, 1], TEXT, BERT, tokenizer(pad_token="[PAD]")))
+
+
+def test_a_tokenizer_without_attention_masks() -> None:
+    without = tokenizer(pad_token="[PAD]", model_input_names=["input_ids"])
+    (batch,) = labelled_batches(texts("a", "b"), [0, 1], TEXT, BERT, without)
+    assert set(batch) == {"input_ids", "labels"}
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])

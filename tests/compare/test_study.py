@@ -57,6 +57,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"arguments": {"x": math.inf}},
         "`arguments` sets 'x' to inf, and records of runs hold finite",
     ),
+    "list with an infinite number": ({"arguments": {"x": [1, math.inf]}}, "sets 'x' to [1, inf], and records of runs"),
+    "infinite choice": (
+        {"search": {**SEARCH, "spaces": {"low": {"x": {"choices": [1.0, math.inf]}}}}},
+        "choices: [...]",
+    ),
     "two spellings": (
         {"arguments": {"out-put": 1}, "methods": {"none": {}, "low": {"out_put": 2}}, "reference": "none"},
         "expected one spelling of an argument, got 'out-put' and 'out_put'.",

@@ -28,6 +28,7 @@ from hf_attentiondrop.evaluation.attack import Attack
 from hf_attentiondrop.evaluation.calibration import calibration_metrics, fit_temperature
 from hf_attentiondrop.evaluation.classifier import cross_fitted, evaluate_classifier, predict, save_plots
 from hf_attentiondrop.evaluation.perturbation_space import Normalization
+from hf_attentiondrop.evaluation.running import labelled_samples
 
 
 NORMALIZATION = Normalization((0.5,), (0.25,))
@@ -245,6 +246,9 @@ def test_samples_without_a_label_are_ignored() -> None:
     attacks = {"attacked_samples": 6, "normalization": NORMALIZATION}
     attacked = [evaluate_classifier(model, of, **attacks).metrics for of in (batches[:2], [ignored, *batches[:2]])]
     assert attacked[0]["robustness"] == attacked[1]["robustness"]
+    shared, positions = {"labels": torch.tensor([1, -100, 0])}, torch.arange(2)[None]
+    (kept,) = labelled_samples([{**shared, "position_ids": positions, "scale": torch.tensor(2.0)}])
+    assert kept["labels"].tolist() == [1, 0] and kept["position_ids"] is positions and kept["scale"] == 2.0
     with pytest.raises(ValueError, match="at least one item with a label"):
         evaluate_classifier(model, [ignored])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
@@ -194,6 +196,17 @@ def test_labels_are_the_inputs_of_a_decoder(model_class: type[PreTrainedModel], 
         maps = [attention_maps(model, of, kind=kind, sample=1).weights for of in (given, expected)]
         assert maps[0].shape[1] == 2
         assert torch.equal(*maps)
+
+
+def test_virtual_tokens_of_an_adapted_decoder() -> None:
+    small = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0))
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    labels = IDS[:, :4].clone()
+    labels[1, 2:] = -100
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    batch = {"input_ids": IDS, "labels": labels, "decoder_input_ids": decoder_input_ids}
+    assert attention_statistics(adapted, [batch])["decoder_attentions"].queries == 8
 
 
 def test_layers_with_different_heads() -> None:
