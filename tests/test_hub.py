@@ -278,9 +278,7 @@ def test_base_model_is_named_only_if_it_came_from_the_hub(tmp_path: Path, monkey
     assert card_of(trainer).data.base_model is None
     snapshot = tmp_path / "cache" / "models--me--base" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").touch()
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    (snapshot / "config.json").touch()  # Of any revision.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     card = card_of(trainer)
     assert card.data.base_model == "me/base" and "fine-tuned from [me/base]" in card.text

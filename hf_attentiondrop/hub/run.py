@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers import (
@@ -172,7 +172,7 @@ def _hub_id(config: PreTrainedConfig) -> str | None:
     name = config._name_or_path
     if not name or os.path.exists(name) or name.count("/") > 1:
         return None
-    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
     return name if any(folder.glob("snapshots/*/config.json")) else None  # Of any revision.
 
 
