@@ -319,7 +319,8 @@ def test_card_of_an_adapter(tmp_path: Path) -> None:
     for line in (
         "import hf_attentiondrop  # registers the attention that config.json names",
         'checkpoint = "me/adapter"',
-        'model = BertForSequenceClassification.from_pretrained("path/to/the/base/model")',
+        'model = BertForSequenceClassification.from_pretrained("path/to/the/base/model", num_labels=2, '
+        "ignore_mismatched_sizes=True)",
         "model = PeftModel.from_pretrained(model, checkpoint)",
     ):
         assert line in card.text.splitlines()

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "integration": {"attention", "functional", "methods", "validation", "version"},
     "configure": {"attention", "integration", "methods", "validation"},
     "report": {"attention", "integration", "methods"},
-    "hub": {"attention", "methods", "report"},
+    "hub": {"attention", "methods", "report", "validation"},
     "training": {"attention", "configure", "functional", "hub", "integration", "methods", "validation"},
     "evaluation": {"attention", "integration", "validation"},
     "compare": {"evaluation", "validation"},

@@ -148,7 +148,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
 def test_ctrl_c_before_the_training_ends_in_one_line(
     recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recipe, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(recipe, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     code, line = end_of(recipe, capfd, "--output_dir", str(tmp_path / "out"))
     assert code == 130 and line.endswith("interrupted before the training; nothing was written.")
     assert not (tmp_path / "out").exists()

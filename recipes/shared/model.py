@@ -53,7 +53,7 @@ def saved_config(arguments: ModelArguments) -> PreTrainedConfig | None:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{MODEL_FLAG}: expected the model's own config in {name!r}, and it cannot be read: {error}"
+            f"{MODEL_FLAG}: expected the model's own settings in {name!r}, and they cannot be read: {error}"
         ) from error
 
 

@@ -74,11 +74,12 @@ def _load_lines(arguments: TranslationDataArguments) -> DatasetDict:
     files = {"train": (arguments.train_file, arguments.train_target_file)}
     if arguments.validation_file or arguments.validation_target_file:
         files["validation"] = (arguments.validation_file, arguments.validation_target_file)
-        check_separate("--validation_file", arguments.validation_file, arguments.train_file)
     if arguments.test_file or arguments.test_target_file:
         files["test"] = (arguments.test_file, arguments.test_target_file)
         check_separate("--test_file", arguments.test_file, arguments.train_file, arguments.validation_file)
-    return DatasetDict({split: _pair_lines(split, *pair, arguments) for split, pair in files.items()})
+    data = DatasetDict({split: _pair_lines(split, *pair, arguments) for split, pair in files.items()})
+    check_separate("--validation_file", arguments.validation_file, arguments.train_file)
+    return data
 
 
 def _pair_lines(
