@@ -15,7 +15,7 @@ from hf_attentiondrop import AttentionDropTrainer, DropKey, configure
 from hf_attentiondrop.cli.reporting import evaluate_checkpoint
 from hf_attentiondrop.hub import CardContent
 from hf_attentiondrop.hub.loading import loading_code, loading_text
-from hf_attentiondrop.hub.run import _describe_dropout
+from hf_attentiondrop.hub.training import describe_dropout
 
 from .models import build
 from .recipe_runs import load
@@ -98,9 +98,9 @@ def test_the_code_of_a_card_loads_adapted_classifiers_and_names_unknown_classes(
 
 def test_the_dropout_of_all_parts_is_on_the_card() -> None:
     parts = BertConfig(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0), BertConfig(hidden_dropout_prob=0.2)
-    described = _describe_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+    described = describe_dropout(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
     assert described == "hidden_dropout_prob 0.1; attention_probs_dropout_prob 0.1, hidden_dropout_prob 0.2"
-    assert _describe_dropout(parts[0]) == "hidden_dropout_prob 0.1"
+    assert describe_dropout(parts[0]) == "hidden_dropout_prob 0.1"
 
 
 def test_a_card_shows_the_evaluations_of_several_data_sets(tmp_path: Path) -> None:
