@@ -227,7 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with parser.preparing():
         check_output_dir(training_args)
         if (evaluation_args.robustness_epsilon or 0) > 1:
-            raise ValueError("--robustness_epsilon: expected at most 1, a share of the pixel range.")
+            raise ValueError(
+                "--robustness_epsilon: expected a share of the pixel range, at most 1, got "
+                f"{evaluation_args.robustness_epsilon}: no image has larger changes. Divide steps of 8 bits by 255."
+            )
         set_seed(training_args.seed)
         with training_args.main_process_first():
             data = load_data(data_args, saved_config(model_args), training_args.do_train)

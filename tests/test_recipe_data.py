@@ -332,6 +332,11 @@ def test_unusable_test_data_and_draws_are_errors(
         ),
         (
             "image_classification",
+            ["--evaluate_robustness", "--robustness_epsilon", 8],
+            "--robustness_epsilon: expected a share of the pixel range, at most 1, got 8.0",
+        ),
+        (
+            "image_classification",
             ["--evaluate_robustness", "--robustness_epsilon", -1],
             "--robustness_epsilon: expected a number above 0, got -1.0.",
         ),

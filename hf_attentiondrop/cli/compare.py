@@ -83,7 +83,9 @@ def _compare(arguments: argparse.Namespace) -> str:
     with naming_flag("--output_dir"):
         _check_folder(folder, study)
     if arguments.report_only and arguments.dry_run:
-        raise ValueError("expected --report_only or --dry_run, got both: the one writes a report, the other nothing.")
+        raise ValueError(
+            "expected --report_only or --dry_run, got both: one writes, the other must not. Leave one out."
+        )
     if arguments.report_only:
         runs = read_runs(folder / RESULTS_FILE)
     else:

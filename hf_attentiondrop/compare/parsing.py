@@ -93,7 +93,10 @@ def check_spellings(names: Iterable[str]) -> None:
     spellings: dict[str, str] = {}
     for name in names:
         if (other := spellings.setdefault(name.replace("-", "_"), name)) != name:
-            raise ValueError(f"Study: expected one spelling of an argument, got {other!r} and {name!r}.")
+            raise ValueError(
+                f"Study: expected one spelling of an argument, got {other!r} and {name!r}. The script would take the "
+                "last of them, whatever the report says. Write one."
+            )
 
 
 def is_directions(value: Any) -> bool:

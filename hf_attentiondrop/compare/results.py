@@ -131,7 +131,9 @@ class Run:
         who = f"Run of {self.method!r} with seed {self.seed}"
         for name, kind in (("method", str), ("seed", int), ("trial", int), ("arguments", dict), ("metrics", dict)):
             if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
-                raise ValueError(f"{who}: `{name}` must be of type {kind.__name__}, got {value!r}.")
+                raise ValueError(
+                    f"{who}: `{name}` must be of type {kind.__name__}, got {value!r}. Correct the record."
+                )
         object.__setattr__(self, "metrics", {name: plain(value) for name, value in self.metrics.items()})
         for name, known in (("phase", ("tune", "test")), ("state", ("complete", "failed"))):
             if getattr(self, name) not in known:

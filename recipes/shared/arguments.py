@@ -88,7 +88,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}.")
+            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}, which no weights have.")
         for name in ("dropout", "attention_dropout", "dropconnect"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -55,15 +55,11 @@ def encode_labels(
     names = data["train"].features[column].names
     if names == known or sorted(names) != sorted(known):
         return data
-    return DatasetDict(
-        {
-            split: _numbered(rows, column, [known.index(names[label]) for label in rows[column]], known)
-            for split, rows in data.items()
-        }
-    )
+    order = np.array([known.index(name) for name in names])
+    return DatasetDict({split: _numbered(rows, column, order[rows[column]], known) for split, rows in data.items()})
 
 
-def _numbered(rows: Dataset, column: str, labels: Sequence[int], names: list[str]) -> Dataset:
+def _numbered(rows: Dataset, column: str, labels: Sequence[int] | np.ndarray, names: list[str]) -> Dataset:
     return rows.remove_columns(column).add_column(column, np.array(labels), feature=ClassLabel(names=names))
 
 
@@ -93,6 +89,6 @@ def add_label_noise(
     is_changed = rng.random(len(labels)) < arguments.label_noise
     others = (labels + rng.integers(1, feature.num_classes, len(labels))) % feature.num_classes
     noisy = np.where(is_changed, others, labels)
-    train = train.remove_columns(column).add_column(column, noisy, feature=feature)
+    train = _numbered(train, column, noisy, feature.names)
     metrics = {"label_noise": arguments.label_noise, "changed_labels": int(is_changed.sum())}
     return DatasetDict({**data, "train": train}), metrics
