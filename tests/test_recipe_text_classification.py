@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sklearn.metrics import f1_score
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -237,6 +238,15 @@ def test_saved_classifier_keeps_its_classes(
         recipe, capfd, *["--model_name_or_path", encoder, *evaluation[2:]], "--output_dir", tmp_path / "others"
     )
     assert "would be initialized at random" in line
+
+
+def test_a_classifier_that_is_trained_further_keeps_its_classes(recipe: ModuleType) -> None:
+    data = DatasetDict(train=Dataset.from_dict({"note": ["fig", "saw", "file"], "kind": ["fruit", "tool", "tool"]}))
+    saved = BertConfig(id2label={0: "tool", 1: "fruit"})
+    train = recipe.encode_labels(data, "kind", saved)["train"]
+    assert train["kind"][:] == [1, 0, 0] and train.features["kind"].names == ["tool", "fruit"]
+    others = recipe.encode_labels(data, "kind", BertConfig(id2label={0: "x", 1: "y"}))["train"]
+    assert others["kind"][:] == [0, 1, 1] and others.features["kind"].names == ["fruit", "tool"]
 
 
 def test_half_precision_is_trained_in_float32_and_an_earlier_model_goes(
